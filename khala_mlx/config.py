@@ -1,0 +1,384 @@
+"""Every size and every token id of a model, as frozen and strict dataclasses.
+
+The defaults are the released Khala (see docs/released-model.md for where each number comes
+from); `tiny()` builds the same shapes small enough for a test. Nothing else in the package
+knows a released size or a released token id.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Self
+
+from khala_mlx.errors import ConfigError
+
+MODEL_TYPE = "khala"
+FORMAT_VERSION = 1
+DTYPES = ("bfloat16", "float16", "float32")
+WEIGHTS_LICENCE = "CC BY-NC 4.0"
+
+
+class Strict:
+    """from_dict/to_dict for frozen dataclasses: unknown, missing or mistyped keys are errors."""
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "config.json") -> Self:
+        return _parse(cls, data, where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts and scalars, ready for JSON."""
+        result: dict[str, Any] = _plain(self)
+        return result
+
+    def check_types(self, where: str) -> None:
+        """Refuse values whose type is not that of their field; whole floats may be given as int."""
+        for name, hint in typing.get_type_hints(type(self)).items():
+            checked = _value(hint, getattr(self, name), f"{where}: {name}")
+            object.__setattr__(self, name, checked)
+
+
+@dataclass(frozen=True)
+class SpecialTokens(Strict):
+    """Names of the special tokens a prompt is built from; the tokenizer gives their ids."""
+
+    begin: str = "<|begin_of_text|>"
+    separator: str = "<|eom_id|>"
+    lyrics: str = "<|start_header_id|>"
+    newline: str = "<|end_header_id|>"
+    minutes: str = "<|reserved_special_token_{minutes}|>"
+    end: str = "<|eot_id|>"
+    audio: str = "<|python_tag|>"
+
+    def __post_init__(self) -> None:
+        if "{minutes}" not in self.minutes:
+            raise ConfigError("tokens.specials.minutes has to contain {minutes}.")
+
+
+@dataclass(frozen=True)
+class TokenLayout(Strict):
+    """Where text ends and each RVQ layer begins in the id space shared by both language models.
+
+    Code c of layer q has the id `audio_start + codebook_size * q + c`. The superres task marker
+    of layer q is `marker_base - q`, an id inside the text range.
+    """
+
+    audio_start: int = 128256
+    codebook_size: int = 1024
+    num_codebooks: int = 64
+    num_coarse: int = 2
+    end_of_song: int = 128001
+    padding: int = 128004
+    marker_base: int = 128255
+    max_minutes: int = 10
+    specials: SpecialTokens = field(default_factory=SpecialTokens)
+
+    def __post_init__(self) -> None:
+        _positive(
+            self, "audio_start", "codebook_size", "num_codebooks", "num_coarse", "max_minutes"
+        )
+        if self.num_coarse >= self.num_codebooks:
+            raise ConfigError("tokens.num_coarse has to be below tokens.num_codebooks.")
+        for name, lowest in (
+            ("end_of_song", self.end_of_song),
+            ("padding", self.padding),
+            ("marker_base", self.marker_base - self.num_codebooks + 1),
+        ):
+            if lowest < 0 or getattr(self, name) >= self.audio_start:
+                raise ConfigError(f"tokens.{name} has to be a text id below audio_start.")
+
+    @property
+    def backbone_vocab(self) -> int:
+        """Rows of the backbone's embedding and head: text and the coarse layers."""
+        return self.audio_start + self.codebook_size * self.num_coarse
+
+    @property
+    def superres_vocab(self) -> int:
+        """Rows of the superres embedding and head: text and every layer."""
+        return self.audio_start + self.codebook_size * self.num_codebooks
+
+    @classmethod
+    def tiny(cls) -> TokenLayout:
+        """A byte-level text vocabulary (256 bytes, 44 specials) and 8 small codebooks."""
+        return cls(
+            audio_start=300,
+            codebook_size=16,
+            num_codebooks=8,
+            end_of_song=257,
+            padding=258,
+            marker_base=299,
+        )
+
+
+@dataclass(frozen=True)
+class TransformerConfig(Strict):
+    """Sizes of one decoder-only transformer; both language models have the same shape.
+
+    `context` is the longest sequence it was trained on, in tokens for the backbone and in rows
+    for superres; `max_prompt` the most of it that a prompt may take.
+    """
+
+    vocab_size: int
+    context: int
+    max_prompt: int
+    num_layers: int = 24
+    hidden_size: int = 2048
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 64
+    intermediate_size: int = 5632
+    norm_eps: float = 1e-6
+    rope_base: float = 500000.0
+
+    def __post_init__(self) -> None:
+        _positive(self, *(f.name for f in dataclasses.fields(self)))
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError("num_heads has to be a multiple of num_kv_heads.")
+        if self.head_dim % 2:
+            raise ConfigError("head_dim has to be even, rotary positions turn pairs.")
+        if self.max_prompt >= self.context:
+            raise ConfigError("max_prompt has to be below context.")
+
+
+_TINY_BODY: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 64,
+}
+
+
+@dataclass(frozen=True)
+class BackboneConfig(TransformerConfig):
+    """The causal model of the coarse layers. The trained window is 16384 tokens."""
+
+    vocab_size: int = 130304
+    context: int = 16384
+    max_prompt: int = 4096
+
+    @classmethod
+    def tiny(cls) -> BackboneConfig:
+        vocab = TokenLayout.tiny().backbone_vocab
+        return cls(vocab_size=vocab, context=512, max_prompt=256, **_TINY_BODY)
+
+
+@dataclass(frozen=True)
+class SuperResConfig(TransformerConfig):
+    """The full-attention model of the fine layers. The trained window is 8192 rows."""
+
+    vocab_size: int = 193792
+    context: int = 8192
+    max_prompt: int = 2048
+
+    @classmethod
+    def tiny(cls) -> SuperResConfig:
+        vocab = TokenLayout.tiny().superres_vocab
+        return cls(vocab_size=vocab, context=384, max_prompt=192, **_TINY_BODY)
+
+
+@dataclass(frozen=True)
+class CodecConfig(Strict):
+    """A DAC-style codec: strided encoder, residual vector quantiser, upsampling decoder.
+
+    `encoder_dim` is the width after the first encoder conv (it doubles with every block);
+    `decoder_dim` the width before the last decoder conv (it starts at 2**blocks times that).
+    """
+
+    sample_rate: int = 44100
+    channels: int = 2
+    encoder_dim: int = 128
+    encoder_strides: tuple[int, ...] = (4, 8, 8, 8)
+    decoder_dim: int = 192
+    decoder_rates: tuple[int, ...] = (8, 8, 8, 4)
+    latent_dim: int = 128
+    num_codebooks: int = 64
+    codebook_size: int = 1024
+
+    def __post_init__(self) -> None:
+        _positive(
+            self,
+            "sample_rate",
+            "channels",
+            "encoder_dim",
+            "decoder_dim",
+            "latent_dim",
+            "num_codebooks",
+            "codebook_size",
+        )
+        for name in ("encoder_strides", "decoder_rates"):
+            values = getattr(self, name)
+            if not values or any(v < 2 or v % 2 for v in values):
+                raise ConfigError(f"codec.{name} has to list even numbers, got {list(values)}.")
+        if math.prod(self.encoder_strides) != math.prod(self.decoder_rates):
+            raise ConfigError(
+                "codec.encoder_strides and decoder_rates have to multiply to one hop."
+            )
+
+    @property
+    def hop(self) -> int:
+        """Samples per frame."""
+        return math.prod(self.encoder_strides)
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second."""
+        return self.sample_rate / self.hop
+
+    @classmethod
+    def tiny(cls) -> CodecConfig:
+        layout = TokenLayout.tiny()
+        return cls(
+            encoder_dim=4,
+            encoder_strides=(2, 4, 4, 4),
+            decoder_dim=3,
+            decoder_rates=(4, 4, 4, 2),
+            latent_dim=6,
+            num_codebooks=layout.num_codebooks,
+            codebook_size=layout.codebook_size,
+        )
+
+
+@dataclass(frozen=True)
+class Quantization(Strict):
+    """How one tensor is packed, in MLX's terms."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+    def __post_init__(self) -> None:
+        _positive(self, "bits", "group_size")
+
+
+@dataclass(frozen=True)
+class KhalaConfig(Strict):
+    """A whole model folder. `quantization` maps `part.path.of.layer` to how it is packed.
+
+    `source` is free text for provenance (repository, revision, checksums) and is not read back.
+    """
+
+    tokens: TokenLayout = field(default_factory=TokenLayout)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    superres: SuperResConfig = field(default_factory=SuperResConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    dtype: str = "bfloat16"
+    fc1_bias: str = "double"
+    quantization: Mapping[str, Quantization] = field(default_factory=dict)
+    licence: str = WEIGHTS_LICENCE
+    source: Mapping[str, Any] = field(default_factory=dict)
+    model_type: str = MODEL_TYPE
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.model_type != MODEL_TYPE:
+            raise ConfigError(
+                f"model_type is {self.model_type!r}, this package reads {MODEL_TYPE!r}."
+            )
+        if self.format_version != FORMAT_VERSION:
+            raise ConfigError(
+                f"The model folder has format {self.format_version}, this version of khala-mlx "
+                f"reads format {FORMAT_VERSION}."
+            )
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype has to be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.fc1_bias not in ("double", "single"):
+            raise ConfigError(f"fc1_bias has to be double or single, got {self.fc1_bias!r}.")
+        for what, ours, theirs in (
+            ("backbone.vocab_size", self.backbone.vocab_size, self.tokens.backbone_vocab),
+            ("superres.vocab_size", self.superres.vocab_size, self.tokens.superres_vocab),
+            ("codec.codebook_size", self.codec.codebook_size, self.tokens.codebook_size),
+            ("codec.num_codebooks", self.codec.num_codebooks, self.tokens.num_codebooks),
+        ):
+            if ours != theirs:
+                raise ConfigError(f"{what} is {ours}, the token layout says {theirs}.")
+
+    @classmethod
+    def tiny(cls) -> KhalaConfig:
+        return cls(
+            tokens=TokenLayout.tiny(),
+            backbone=BackboneConfig.tiny(),
+            superres=SuperResConfig.tiny(),
+            codec=CodecConfig.tiny(),
+            dtype="float32",
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> KhalaConfig:
+        """Read a config.json.
+
+        Raises:
+            ConfigError: if it cannot be read, is no JSON object, or breaks a rule above.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} is no valid JSON.") from error
+        return cls.from_dict(data, str(path))
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not (0 < value < 2**31):
+            raise ConfigError(f"{name} has to be above 0, got {value}.")
+
+
+def _parse(cls: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where} has to be an object.")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(data) - set(fields)):
+        raise ConfigError(f"{where} has unknown keys: {', '.join(unknown)}.")
+    if missing := sorted(set(fields) - set(data)):
+        raise ConfigError(f"{where} lacks keys: {', '.join(missing)}.")
+    values = {name: _value(hints[name], value, f"{where}: {name}") for name, value in data.items()}
+    return cls(**values)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _parse(hint, value, where)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and types.NoneType in args:
+            return None
+        return _value(next(arg for arg in args if arg is not types.NoneType), value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where} has to be a list.")
+        return tuple(_value(args[0], item, where) for item in value)
+    if origin is Mapping:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where} has to be an object.")
+        parsed = {key: _value(args[1], item, f"{where}.{key}") for key, item in value.items()}
+        return types.MappingProxyType(parsed)
+    if hint is Any:
+        return value
+    if hint in (int, float) and not isinstance(value, bool):
+        # NumPy's numbers pass, and whole numbers as floats.
+        value = hint(value) if isinstance(value, Integral if hint is int else Real) else value
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise ConfigError(f"{where} has to be of type {hint.__name__}, got {value!r}.")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value

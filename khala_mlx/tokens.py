@@ -1,0 +1,65 @@
+"""All token-id arithmetic: windows, markers, interleaving. Plain integers and NumPy, no MLX."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from khala_mlx.config import TokenLayout
+from khala_mlx.errors import KhalaError
+
+
+def window(layout: TokenLayout, layer: int) -> tuple[int, int]:
+    """Ids [start, stop) of the codes of RVQ layer `layer`."""
+    if not 0 <= layer < layout.num_codebooks:
+        raise KhalaError(f"Layer {layer} is outside 0..{layout.num_codebooks - 1}.")
+    start = layout.audio_start + layout.codebook_size * layer
+    return start, start + layout.codebook_size
+
+
+def marker(layout: TokenLayout, layer: int) -> int:
+    """Id that tells superres to predict `layer`; it overwrites the last text token."""
+    window(layout, layer)
+    return layout.marker_base - layer
+
+
+def interleave(layout: TokenLayout, coarse: np.ndarray) -> np.ndarray:
+    """Coarse codes [2, T] to the backbone's ids [2T]: q0, q1, q0, q1, ..."""
+    check_codes(layout, coarse, layout.num_coarse)
+    starts = [window(layout, layer)[0] for layer in range(layout.num_coarse)]
+    return (coarse + np.array(starts)[:, None]).T.reshape(-1).astype(np.int64)
+
+
+def deinterleave(layout: TokenLayout, ids: np.ndarray) -> np.ndarray:
+    """The backbone's ids [S] to coarse codes [2, T]; an unfinished last frame is dropped.
+
+    Raises:
+        KhalaError: if an id lies outside the window of its layer. Upstream decodes such ids to
+            codes outside 0..1023 and crashes later.
+    """
+    ids = np.asarray(ids, dtype=np.int64)
+    frames = len(ids) // layout.num_coarse
+    rows = ids[: frames * layout.num_coarse].reshape(frames, layout.num_coarse).T
+    starts = np.array([window(layout, layer)[0] for layer in range(layout.num_coarse)])
+    codes = rows - starts[:, None]
+    if bad := np.argwhere((codes < 0) | (codes >= layout.codebook_size)).tolist():
+        layer, frame = min(bad, key=lambda position: (position[1], position[0]))
+        raise KhalaError(
+            f"The backbone wrote token {rows[layer, frame]} at frame {frame}, which is no code of "
+            f"layer {layer}; keep to the reachable tokens or lower the temperature."
+        )
+    return codes
+
+
+def check_codes(layout: TokenLayout, codes: np.ndarray, layers: int) -> None:
+    """Refuse anything but integer codes [layers, T] with T >= 1, each inside its codebook."""
+    if not isinstance(codes, np.ndarray) or codes.ndim != 2 or codes.shape[0] != layers:
+        shape = list(getattr(codes, "shape", []))
+        raise KhalaError(f"Codes have to be an array of shape [{layers}, T], got {shape}.")
+    if codes.dtype.kind not in "iu":
+        raise KhalaError(f"Codes have to be integers, got {codes.dtype}.")
+    if codes.shape[1] == 0:
+        raise KhalaError("Codes have to hold at least one frame.")
+    if codes.min() < 0 or codes.max() >= layout.codebook_size:
+        raise KhalaError(
+            f"Codes have to lie in 0..{layout.codebook_size - 1}, got {codes.min()}..{codes.max()}."
+        )

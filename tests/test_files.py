@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import pytest
+
+from khala_mlx.errors import KhalaError
+from khala_mlx.files import appears_whole, discard_unfinished
+
+
+def test_a_file_appears_when_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "song.wav"
+    with appears_whole(target) as temporary:
+        assert temporary.suffix == ".wav"
+        temporary.write_text("sound")
+        assert not target.exists()
+    assert target.read_text() == "sound"
+    assert [p.name for p in target.parent.iterdir()] == ["song.wav"]
+
+
+def test_a_folder_appears_when_whole(tmp_path: Path) -> None:
+    with appears_whole(tmp_path / "model", folder=True) as temporary:
+        (temporary / "config.json").write_text("{}")
+    assert (tmp_path / "model" / "config.json").exists()
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_nothing_is_left_of_a_failure(tmp_path: Path, folder: bool) -> None:
+    def fail() -> None:
+        with appears_whole(tmp_path / "x", folder=folder) as temporary:
+            (temporary / "a" if folder else temporary).write_text("half")
+            raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("x", "link"):
+        with (
+            pytest.raises(KhalaError, match="exists already"),
+            appears_whole(tmp_path / name),
+        ):
+            pytest.fail("the block must not run")
+    assert (tmp_path / "x").read_text() == "kept"
+    with appears_whole(tmp_path / "x", overwrite=True) as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "x").read_text() == "new"
+
+
+def test_a_name_taken_meanwhile_is_refused(tmp_path: Path) -> None:
+    with (
+        pytest.raises(KhalaError, match="exists already"),
+        appears_whole(tmp_path / "x") as temporary,
+    ):
+        temporary.write_text("late")
+        (tmp_path / "x").write_text("first")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_text() == "first"
+
+
+def test_an_unwritable_place_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (False, True):
+        with (
+            pytest.raises(KhalaError, match=r"x cannot be written: .*\.$"),
+            appears_whole(tmp_path / "file" / "x", folder=folder),
+        ):
+            pytest.fail("the block must not run")
+
+
+def test_discarding_removes_what_is_unfinished(tmp_path: Path) -> None:
+    with (
+        pytest.raises(KhalaError, match="cannot be written"),
+        appears_whole(tmp_path / "x") as path,
+    ):
+        path.write_text("half")
+        discard_unfinished()
+        assert list(tmp_path.iterdir()) == []
