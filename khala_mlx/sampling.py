@@ -1,0 +1,71 @@
+"""Upstream's two sampling rules, under explicit keys."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+
+from khala_mlx.errors import KhalaError
+
+
+def check_sampling(top_k: int, temperature: float = 1.0) -> None:
+    """Refuse values no rule below is defined for."""
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise KhalaError(f"top_k has to be a whole number from 1 (greedy) up, got {top_k!r}.")
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+        raise KhalaError(
+            f"temperature has to be above 0, got {temperature!r}; top_k=1 is greedy decoding."
+        )
+
+
+def stage_key(seed: int, stage: int) -> mx.array:
+    """The key of one stage, so that a later stage can run again without the earlier ones."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise KhalaError(f"seed has to be a whole number from 0 to 2**64 - 1, got {seed!r}.")
+    return mx.random.split(mx.random.key(seed), 2)[stage]
+
+
+def top_k_logits(logits: mx.array, top_k: int, temperature: float) -> mx.array:
+    """Logits [..., V] / temperature in float32, with -inf below the k-th largest.
+
+    Ties with the k-th largest are all kept, as upstream keeps them.
+    """
+    logits = logits.astype(mx.float32) / temperature
+    size = logits.shape[-1]
+    if top_k >= size:
+        return logits
+    kth = mx.partition(logits, size - top_k, axis=-1)[..., size - top_k, None]
+    return mx.where(logits < kth, -mx.inf, logits)
+
+
+def sample(logits: mx.array, key: mx.array, *, top_k: int, temperature: float) -> mx.array:
+    """The backbone's rule: logits [..., V] -> indices [...]; top_k 1 is argmax."""
+    if top_k == 1:
+        return mx.argmax(logits, axis=-1)
+    return mx.random.categorical(top_k_logits(logits, top_k, temperature), key=key)
+
+
+def sample_by_race(logits: mx.array, draws: mx.array, top_k: int) -> mx.array:
+    """The superres rule: argmax(softmax(top k of logits) / draws), no temperature.
+
+    Args:
+        logits: [T, V].
+        draws: [T, top_k] from Exponential(1), one for each candidate in falling order of logit.
+
+    Returns:
+        indices [T].
+    """
+    best = mx.argpartition(-logits, top_k - 1, axis=-1)[..., :top_k]
+    values = mx.take_along_axis(logits, best, axis=-1)
+    order = mx.argsort(-values, axis=-1)
+    probabilities = mx.softmax(mx.take_along_axis(values, order, axis=-1), axis=-1, precise=True)
+    winner = mx.argmax(probabilities / draws, axis=-1, keepdims=True)
+    chosen = mx.take_along_axis(order, winner, axis=-1)
+    return mx.take_along_axis(best, chosen, axis=-1).squeeze(-1)
+
+
+def exponential(key: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """Draws from Exponential(1), never 0."""
+    # uniform is in [0, 1), so 1 - u is in (0, 1]; the floor guards the division above.
+    return mx.maximum(-mx.log(1.0 - mx.random.uniform(shape=shape, key=key)), 1e-20)

@@ -1,0 +1,110 @@
+"""Find, check and load the tensors of a model folder. Strict: there is no way around it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from khala_mlx.config import KhalaConfig
+from khala_mlx.errors import WeightsError
+
+PARTS = ("backbone", "superres", "codec")
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def part_files(folder: Path, part: str) -> list[Path]:
+    """The safetensors files of one part: a single file, or those its index names.
+
+    Raises:
+        WeightsError: if a file is missing, or an index is malformed or points elsewhere.
+    """
+    index = folder / f"{part}.safetensors.index.json"
+    if not index.exists():
+        single = folder / f"{part}.safetensors"
+        if not single.is_file():
+            raise WeightsError(f"{folder} lacks {single.name}; convert the model again.")
+        return [single]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / name for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{index} is no safetensors index.") from error
+    if not files or any(Path(name).name != name for name in names):
+        raise WeightsError(f"{index} names files outside its own folder.")
+    if missing := [path.name for path in files if not path.is_file()]:
+        raise WeightsError(f"{folder} lacks {', '.join(missing)}; convert the model again.")
+    return files
+
+
+def read_tensors(files: list[Path]) -> dict[str, mx.array]:
+    """All tensors of some safetensors files, lazily; duplicates and damage are errors."""
+    tensors: dict[str, mx.array] = {}
+    for path in files:
+        try:
+            loaded = mx.load(str(path), format="safetensors")
+        except (RuntimeError, ValueError) as error:
+            raise WeightsError(f"{path} is no whole safetensors file.") from error
+        assert isinstance(loaded, dict)
+        if doubled := sorted(set(tensors) & set(loaded)):
+            raise WeightsError(f"{path} repeats tensors: {', '.join(doubled)}.")
+        tensors.update(loaded)
+    return tensors
+
+
+def load_part(model: Part, folder: Path, part: str, config: KhalaConfig) -> Part:
+    """Fill `model` with the tensors of `part` in `folder` and evaluate them.
+
+    Layers that config.json lists as quantised are turned into their packed form first.
+
+    Raises:
+        WeightsError: listing every missing, unknown and misshapen tensor at once.
+    """
+    packed = {
+        name.removeprefix(f"{part}."): how
+        for name, how in config.quantization.items()
+        if name.startswith(f"{part}.")
+    }
+    for how in set(packed.values()):
+        try:
+            nn.quantize(
+                model,
+                how.group_size,
+                how.bits,
+                mode=how.mode,
+                class_predicate=lambda path, _, how=how: packed.get(path) == how,
+            )
+        except (ValueError, AttributeError) as error:
+            raise WeightsError(
+                f"{folder}/config.json asks for a quantisation that fails: {error}"
+            ) from error
+    tensors = read_tensors(part_files(folder, part))
+    expected = dict(tree_flatten(model.parameters()))
+    if problems := _differences(expected, tensors):
+        raise WeightsError(f"The {part} in {folder} does not match its config.json: {problems}.")
+    model.load_weights(list(tensors.items()), strict=True)
+    del tensors, expected
+    try:
+        mx.eval(model.parameters())
+    except RuntimeError as error:
+        raise WeightsError(f"The {part} in {folder} cannot be read: {error}") from error
+    model.eval()
+    return model
+
+
+def _differences(expected: Mapping[str, mx.array], found: Mapping[str, mx.array]) -> str:
+    problems = []
+    if missing := sorted(set(expected) - set(found)):
+        problems.append(f"missing {', '.join(missing)}")
+    if unknown := sorted(set(found) - set(expected)):
+        problems.append(f"unknown {', '.join(unknown)}")
+    for name in sorted(set(expected) & set(found)):
+        if expected[name].shape != found[name].shape:
+            ours, theirs = list(expected[name].shape), list(found[name].shape)
+            problems.append(f"{name} has shape {theirs} instead of {ours}")
+    return "; ".join(problems)

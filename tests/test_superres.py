@@ -1,0 +1,137 @@
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from khala_mlx import Khala, KhalaError, tokens
+
+KEY = mx.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def golden(oracle: Path) -> dict[str, Any]:
+    return mx.load(str(oracle / "goldens" / "superres.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def coarse(golden: dict[str, Any]) -> np.ndarray:
+    return np.array(golden["audio_q01"]).T - np.array([[128256], [129280]])
+
+
+@pytest.mark.parametrize("case", ["c2", "c5", "c63"])
+def test_embeddings(reference: tuple[str, Khala], oracle: Path, case: str) -> None:
+    golden = mx.load(str(oracle / "goldens" / "embedding.safetensors"))
+    ids, model = golden[f"{case}.ids"], reference[1].superres
+    summed = sum(model.embed(ids[..., column]) for column in range(ids.shape[-1]))
+    assert np.abs(np.array(summed) - np.array(golden[f"{case}.out"])).max() <= 1e-6
+
+
+@pytest.mark.parametrize("step", [2, 3, 33, 63])
+def test_hidden_states(reference: tuple[str, Khala], golden: dict[str, Any], step: int) -> None:
+    variant, khala = reference
+    name = f"{variant}.unpadded.step{step}"
+    hidden = khala.superres.hidden(np.array(golden[f"{name}.input_ids"]))
+    assert np.abs(hidden - np.array(golden[f"{name}.hidden"])).max() <= 1e-5
+
+
+def test_greedy_codes_equal(
+    reference: tuple[str, Khala], golden: dict[str, Any], coarse: np.ndarray
+) -> None:
+    variant, khala = reference
+    codes = khala.refine(np.array(golden["text_ids"]), coarse, top_k=1)
+    for padding in ("unpadded", "pad30"):
+        assert np.array_equal(codes, np.array(golden[f"{variant}.{padding}.codes"])[:, 0])
+
+
+def test_window_logits(
+    reference: tuple[str, Khala], golden: dict[str, Any], coarse: np.ndarray
+) -> None:
+    variant, khala = reference
+    model, layout = khala.superres, khala.config.tokens
+    codes = np.array(golden[f"{variant}.unpadded.codes"])[:, 0]
+    for layer in (2, 63):
+        rows = golden[f"{variant}.unpadded.step{layer}.input_ids"]
+        start, stop = tokens.window(layout, layer)
+        hidden = model.hidden(rows)[0, 9:]
+        logits = np.array(hidden @ model.lm_head.weight[start:stop].T)
+        expected = np.array(golden[f"{variant}.unpadded.step{layer}.window_logits"])[0]
+        assert np.abs(logits - expected).max() <= 2e-4
+        assert np.array_equal(logits.argmax(-1), codes[layer])
+
+
+def test_sampled_codes_equal_with_upstreams_draws(
+    reference: tuple[str, Khala], golden: dict[str, Any], coarse: np.ndarray
+) -> None:
+    variant, khala = reference
+    if variant == "double":
+        pytest.skip("upstream's sampled run was made with the single bias")
+    draws = np.array(golden["topk10.exp_draws"])
+    codes = khala.superres.refine(
+        np.array(golden["text_ids"]),
+        coarse,
+        top_k=10,
+        key=KEY,
+        draws=lambda layer: draws[layer - 2, 0],
+    )
+    assert np.array_equal(codes, np.array(golden["topk10.codes"])[:, 0])
+
+
+def test_refine_agrees_with_whole_forward_passes(tiny: Khala) -> None:
+    """The running sum, the marker and the skipped last rows change nothing."""
+    model, layout = tiny.superres, tiny.config.tokens
+    prompt, frames = np.arange(7), 11
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 16, (2, frames))
+    refined = model.refine(prompt, codes, top_k=1, key=KEY)
+    starts = np.array([tokens.window(layout, layer)[0] for layer in range(8)])[:, None]
+    for layer in range(2, 8):
+        rows = np.full((1, 7 + frames, layer), -1)
+        rows[0, :7, 0] = [*prompt[:-1], tokens.marker(layout, layer)]
+        rows[0, 7:] = (refined[:layer] + starts[:layer]).T
+        hidden = mx.array(model.hidden(rows)[0, 7:])
+        logits = hidden @ model.lm_head.weight[slice(*tokens.window(layout, layer))].T
+        assert np.array_equal(np.array(mx.argmax(logits, -1)), refined[layer])
+
+
+def test_same_seed_same_detail(tiny: Khala) -> None:
+    coarse = np.zeros((2, 9), int)
+    made = [tiny.refine(np.arange(5), coarse, seed=s) for s in (1, 1, 2)]
+    assert np.array_equal(made[0], made[1])
+    assert not np.array_equal(made[0], made[2])
+    assert np.array_equal(made[0][:2], coarse)
+
+
+def test_progress_counts_layers(tiny: Khala) -> None:
+    seen: list[tuple[int, int]] = []
+    tiny.refine(np.arange(5), np.zeros((2, 3), int), on_progress=lambda *a: seen.append(a))
+    assert seen == [(n, 6) for n in range(1, 7)]
+
+
+def test_more_candidates_than_codes(tiny: Khala) -> None:
+    assert tiny.refine(np.arange(5), np.zeros((2, 3), int), top_k=10**6).shape == (8, 3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "coarse", "arguments", "sentence"),
+    [
+        (np.arange(5), np.zeros((3, 4), int), {}, "shape"),
+        (np.arange(5), np.full((2, 4), 16), {}, "0..15"),
+        (np.arange(5), np.zeros((2, 380), int), {}, "room for 379 frames"),
+        (np.arange(0), np.zeros((2, 3), int), {}, "at least one token"),
+        (np.array([999]), np.zeros((2, 3), int), {}, "Token ids"),
+        (np.arange(5), np.zeros((2, 3), int), {"top_k": 0}, "top_k"),
+        (np.arange(5), np.zeros((2, 3), int), {"seed": -2}, "seed"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    tiny: Khala, prompt: np.ndarray, coarse: np.ndarray, arguments: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(KhalaError, match=sentence):
+        tiny.refine(prompt, coarse, **arguments)
+
+
+def test_hidden_checks_its_rows(tiny: Khala) -> None:
+    with pytest.raises(KhalaError, match=r"\[B, S, C\]"):
+        tiny.superres.hidden(np.zeros((1, 3), int))
