@@ -57,10 +57,13 @@ def read_tensors(files: list[Path]) -> dict[str, mx.array]:
     return tensors
 
 
-def load_part(model: Part, folder: Path, part: str, config: KhalaConfig) -> Part:
+def load_part(
+    model: Part, folder: Path, part: str, config: KhalaConfig, dtype: mx.Dtype | None = None
+) -> Part:
     """Fill `model` with the tensors of `part` in `folder` and evaluate them.
 
-    Layers that config.json lists as quantised are turned into their packed form first.
+    Layers that config.json lists as quantised are turned into their packed form first. With
+    `dtype` every float tensor is cast to it, scales of packed ones included.
 
     Raises:
         WeightsError: listing every missing, unknown and misshapen tensor at once.
@@ -89,6 +92,8 @@ def load_part(model: Part, folder: Path, part: str, config: KhalaConfig) -> Part
         raise WeightsError(f"The {part} in {folder} does not match its config.json: {problems}.")
     model.load_weights(list(tensors.items()), strict=True)
     del tensors, expected
+    if dtype is not None:
+        model.set_dtype(dtype)
     try:
         mx.eval(model.parameters())
     except RuntimeError as error:

@@ -135,3 +135,16 @@ def test_the_folder_has_to_be_one(tmp_path: Path, folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(KhalaError, match="tokenizer.json"):
         Khala.from_pretrained(folder)
+
+
+def test_the_dtype_can_be_chosen(tiny_folder: Path, tiny: Khala) -> None:
+    assert tiny.dtype == "float32"
+    half = Khala.from_pretrained(tiny_folder, dtype="bfloat16")
+    ids = np.array([[1, 2, 3]])
+    assert half.backbone.norm.weight.dtype == mx.bfloat16
+    assert half.codec.decoder.conv_in.weight.dtype == mx.float32
+    assert 0 < np.abs(half.backbone(ids) - tiny.backbone(ids)).max() < 0.1
+    assert half.refine(np.arange(5), np.zeros((2, 3), int), seed=1).shape == (8, 3)
+    assert half.compose(np.arange(5), max_frames=3, min_frames=3).shape == (2, 3)
+    with pytest.raises(KhalaError, match="dtype has to be one of"):
+        Khala.from_pretrained(tiny_folder, dtype="float64")

@@ -1,0 +1,212 @@
+"""Sound and code files, and playback. Knows samples and paths, nothing of models."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from khala_mlx.errors import AudioError, KhalaWarning
+from khala_mlx.files import appears_whole, check_absent
+
+# What a song is scaled down to when it would clip: the usual ceiling before lossy encoders.
+CEILING_DBFS = -1.0
+
+_SUBTYPES: Mapping[str, Mapping[str, str]] = {
+    ".wav": {"16": "PCM_16", "24": "PCM_24", "float": "FLOAT"},
+    ".flac": {"16": "PCM_16", "24": "PCM_24"},
+    ".ogg": {"16": "VORBIS"},
+    ".mp3": {"16": "MPEG_LAYER_III"},
+}
+# libsndfile's Vorbis encoder overflows its stack on huge single writes.
+_BLOCK = 65536
+
+
+def check_output(path: Path, bit_depth: str = "16") -> None:
+    """Refuse a file name or depth that `write_audio` could not serve, before any work."""
+    if path.suffix.lower() not in _SUBTYPES:
+        raise AudioError(
+            f"{path} has to end in one of {', '.join(_SUBTYPES)}, the formats that can be written."
+        )
+    depths = _SUBTYPES[path.suffix.lower()]
+    if bit_depth not in depths:
+        raise AudioError(
+            f"{path.suffix} files cannot hold bit depth {bit_depth!r}, only {', '.join(depths)}."
+        )
+
+
+def check_waveform(waveform: np.ndarray) -> None:
+    """Refuse anything but finite float samples [L, C]."""
+    if waveform.ndim != 2 or 0 in waveform.shape or waveform.dtype.kind != "f":
+        raise AudioError(
+            f"A waveform has to be floats of shape [samples, channels], got {waveform.dtype} of "
+            f"shape {list(waveform.shape)}."
+        )
+    if not np.isfinite(waveform).all():
+        raise AudioError("The waveform holds samples that are no finite numbers.")
+
+
+def fit_scale(waveform: np.ndarray, *, normalize: bool) -> tuple[np.ndarray, dict[str, float]]:
+    """Scale a waveform [L, C] that exceeds full scale down to -1 dBFS, and say so.
+
+    Returns:
+        The waveform, and {peak_dbfs, samples_over, gain_db} of what came in and was done.
+    """
+    peak = float(np.abs(waveform).max())
+    over = int(np.count_nonzero(np.abs(waveform) > 1.0))
+    peak_dbfs = 20 * math.log10(peak) if peak > 0 else -math.inf
+    gain_db = CEILING_DBFS - peak_dbfs if over and normalize else 0.0
+    if over:
+        done = (
+            f"the song is turned down by {-gain_db:.1f} dB"
+            if normalize
+            else "they clip, as normalising is off"
+        )
+        warnings.warn(
+            f"{over} samples exceed full scale (peak {peak_dbfs:+.1f} dBFS): {done}.",
+            KhalaWarning,
+            stacklevel=3,
+        )
+    report = {"peak_dbfs": round(max(peak_dbfs, -200.0), 2), "samples_over": over}
+    scaled = waveform * np.float32(10 ** (gain_db / 20)) if gain_db else waveform
+    return scaled, {**report, "gain_db": round(gain_db, 2)}
+
+
+def write_audio(
+    path: Path,
+    waveform: np.ndarray,
+    sample_rate: int,
+    *,
+    bit_depth: str = "16",
+    tags: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write float samples [L, C] as wav, flac, ogg or mp3, by suffix. Clips beyond full scale."""
+    import soundfile
+
+    check_output(path, bit_depth)
+    check_waveform(waveform)
+    subtype = _SUBTYPES[path.suffix.lower()][bit_depth]
+    with appears_whole(path, overwrite=overwrite) as temporary:
+        try:
+            with soundfile.SoundFile(
+                temporary, "w", sample_rate, waveform.shape[1], subtype=subtype
+            ) as file:
+                for name, text in (tags or {}).items():
+                    setattr(file, name, text)
+                for start in range(0, len(waveform), _BLOCK):
+                    file.write(waveform[start : start + _BLOCK])
+        except soundfile.SoundFileError as error:
+            raise AudioError(f"{path} cannot be written: {_reason(error)}.") from error
+
+
+def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
+    """Read a sound file as float32 samples [L, channels]; mono is copied to every channel.
+
+    Raises:
+        AudioError: if it cannot be read, has another sample rate or other channels, is empty, or
+            would not fit half of the memory.
+    """
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(path) as file:
+            _check_format(path, file, sample_rate, channels)
+            waveform = file.read(dtype="float32", always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise AudioError(f"{path} cannot be read as sound: {_reason(error)}.") from error
+    except OSError as error:
+        raise AudioError(f"{path} cannot be read: {error.strerror}.") from error
+    if len(waveform) == 0:
+        raise AudioError(f"{path} holds no samples.")
+    waveform = np.repeat(waveform, channels // waveform.shape[1], axis=1)
+    check_waveform(waveform)
+    return waveform
+
+
+def _check_format(path: Path, file: object, sample_rate: int, channels: int) -> None:
+    rate, found, frames = (getattr(file, name) for name in ("samplerate", "channels", "frames"))
+    if rate != sample_rate:
+        raise AudioError(
+            f"{path} is at {rate} Hz, the model needs {sample_rate} Hz: resample it first, for "
+            f"example with `ffmpeg -i {path.name} -ar {sample_rate} resampled.wav`."
+        )
+    if found not in (1, channels):
+        raise AudioError(f"{path} has {found} channels, the model takes 1 or {channels}.")
+    if frames * channels * 4 > _memory() // 2:
+        raise AudioError(
+            f"{path} lasts {frames / rate / 60:.0f} minutes, too long for this memory."
+        )
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _reason(error: Exception) -> str:
+    # soundfile says "Error opening 'name': reason."; the name is said already.
+    return str(error).rsplit(": ", 1)[-1].rstrip(".")
+
+
+def save_codes(path: Path, codes: np.ndarray, *, overwrite: bool = False) -> None:
+    """Write codes [K, T] as the one integer array `codes` of an .npz file."""
+    check_codes_name(path, overwrite=overwrite)
+    with appears_whole(path, overwrite=overwrite) as temporary:
+        np.savez_compressed(temporary, codes=codes.astype(np.int32))
+
+
+def check_codes_name(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse a file name `save_codes` could not serve, before any work."""
+    if path.suffix != ".npz":
+        raise AudioError(f"{path} has to end in .npz, the format of codes.")
+    if not overwrite:
+        check_absent(path)
+
+
+def load_codes(path: Path) -> np.ndarray:
+    """Read the integer array `codes` [K, T] of an .npz file; nothing is ever unpickled."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("codes.npy") as member:
+            codes = np.lib.format.read_array(member, allow_pickle=False)
+    except OSError as error:
+        raise AudioError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise AudioError(f"{path} is no .npz file with an integer array `codes`.") from error
+    if codes.dtype.kind not in "iu" or codes.ndim != 2:
+        raise AudioError(f"{path} is no .npz file with an integer array `codes` [K, T].")
+    return np.asarray(codes)
+
+
+def play(waveform: np.ndarray, sample_rate: int) -> None:
+    """Play float samples [L, C] on the default device and wait for the end."""
+    check_waveform(waveform)
+    try:
+        # Raises OSError at import where PortAudio is missing, so it waits until now.
+        import sounddevice
+    except OSError as error:
+        raise AudioError(
+            "Playing needs PortAudio, which is missing here: install it (on Linux "
+            "`apt install libportaudio2`) or open the written file in a player."
+        ) from error
+    try:
+        sounddevice.play(waveform, sample_rate)
+        sounddevice.wait()
+    except sounddevice.PortAudioError as error:
+        raise AudioError(f"No sound could be played: {_reason(error)}.") from error
+
+
+def play_file(path: Path) -> None:
+    """Play a sound file of any rate and channel count; see `play`."""
+    import soundfile
+
+    try:
+        waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise AudioError(f"{path} cannot be read as sound: {_reason(error)}.") from error
+    play(waveform, rate)

@@ -1,0 +1,123 @@
+"""What `khala info` tells of a song, a codes file, a take or a model folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+from khala_mlx.audio import load_codes
+from khala_mlx.config import KhalaConfig
+from khala_mlx.errors import AudioError, KhalaError, WeightsError
+from khala_mlx.song import sidecar_path
+from khala_mlx.weights import PARTS, part_files
+
+# No honest safetensors header is larger; the format's own reader has the same limit.
+_MAX_HEADER = 100_000_000
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """A flat report of whatever `path` is; nothing is loaded but headers and codes."""
+    if path.is_dir():
+        return _model(path)
+    if not path.is_file():
+        raise KhalaError(f"There is no file or folder {path}.")
+    if path.suffix == ".npz":
+        codes = load_codes(path)
+        return {"kind": "codes", "layers": codes.shape[0], "frames": codes.shape[1]}
+    if path.suffix == ".safetensors":
+        return _take(path)
+    return _sound(path)
+
+
+def _model(folder: Path) -> dict[str, Any]:
+    config = KhalaConfig.load(folder / "config.json")
+    report: dict[str, Any] = {"kind": "model", "dtype": config.dtype, "fc1_bias": config.fc1_bias}
+    bits = sorted({how.bits for how in config.quantization.values()})
+    report["quantized"] = ", ".join(f"{b} bit" for b in bits) or "no"
+    for part in PARTS:
+        files = part_files(folder, part)
+        headers = [_header(path) for path in files]
+        numbers = sum(
+            math.prod(entry["shape"])
+            for h in headers
+            for n, entry in h.items()
+            if n != "__metadata__"
+        )
+        size = sum(path.stat().st_size for path in files)
+        report[part] = f"{numbers / 1e6:.1f} M stored numbers, {size / 2**20:.1f} MiB"
+    layout, codec = config.tokens, config.codec
+    report["codes"] = f"{layout.num_codebooks} layers of {layout.codebook_size}"
+    report["sound"] = (
+        f"{codec.sample_rate} Hz, {codec.channels} channels, {codec.frame_rate:.3f} frames/s"
+    )
+    report["windows"] = f"{config.backbone.context} tokens, {config.superres.context} rows"
+    report["licence"] = config.licence
+    report["source"] = config.source.get("repo") or config.source.get("layout") or "unknown"
+    return report
+
+
+def _sound(path: Path) -> dict[str, Any]:
+    import soundfile
+
+    try:
+        found = soundfile.info(str(path))
+    except (soundfile.SoundFileError, OSError) as error:
+        raise AudioError(f"{path} is no sound file, codes file, take or model folder.") from error
+    report = {
+        "kind": "sound",
+        "seconds": round(found.duration, 3),
+        "sample_rate": found.samplerate,
+        "channels": found.channels,
+        "format": f"{found.format} {found.subtype}",
+    }
+    sidecar = sidecar_path(path)
+    if sidecar.is_file() and sidecar != path:
+        report |= _song(sidecar)
+    return report
+
+
+def _song(sidecar: Path) -> dict[str, Any]:
+    from khala_mlx.song import Request
+
+    request = Request.from_sidecar(sidecar)
+    told = {
+        name: value for name, value in request.to_dict().items() if value not in ("", None, False)
+    }
+    recorded = json.loads(sidecar.read_text(encoding="utf-8"))
+    model = recorded.get("model")
+    if isinstance(model, dict):
+        told |= {"model": model.get("name"), "licence": model.get("licence")}
+    return told
+
+
+def _take(path: Path) -> dict[str, Any]:
+    shapes = {name: e["shape"] for name, e in _header(path).items() if name != "__metadata__"}
+    if "codes" not in shapes or len(shapes["codes"]) != 2:
+        raise KhalaError(f"{path} is no take, it has no codes.")
+    return {"kind": "take", "layers": shapes["codes"][0], "frames": shapes["codes"][1]}
+
+
+def _header(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _MAX_HEADER:
+                raise ValueError
+            header = json.loads(file.read(length))
+            for name, entry in header.items():
+                if name != "__metadata__" and not all(isinstance(n, int) for n in entry["shape"]):
+                    raise ValueError
+    except (
+        OSError,
+        ValueError,
+        struct.error,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        raise WeightsError(f"{path} is no whole safetensors file.") from error
+    return dict(header)

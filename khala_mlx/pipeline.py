@@ -1,0 +1,414 @@
+"""Khala: the one place that orders the stages and decides what is loaded when."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+import time
+import warnings
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from khala_mlx import tokens
+from khala_mlx.backbone import Backbone
+from khala_mlx.codec import Codec
+from khala_mlx.config import DTYPES, KhalaConfig
+from khala_mlx.errors import KhalaError, KhalaWarning
+from khala_mlx.hub import find_model
+from khala_mlx.prompt import Prompt, prompt_ids, prompt_texts
+from khala_mlx.sampling import check_sampling, stage_key
+from khala_mlx.song import SIDECAR_VERSION, Request, Song
+from khala_mlx.superres import SuperRes
+from khala_mlx.tokenizer import Tokenizer
+from khala_mlx.weights import load_part
+
+Progress = Callable[[str, int, int], None]
+Loaded = TypeVar("Loaded", Backbone, SuperRes, Codec)
+
+# Songs run past the minutes asked for; upstream's progress bar allows for 0.8 more (khala.md 5).
+SPARE_MINUTES = 0.8
+# Peak below which a song is reported as silent: the step of a 16-bit file.
+SILENCE = 1 / 32768
+
+
+class Khala:
+    """Tokenizer, backbone, superres and codec of one model folder, each loaded when first used."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: KhalaConfig,
+        tokenizer: Tokenizer,
+        *,
+        dtype: str | None = None,
+        keep_loaded: bool = True,
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.tokenizer = tokenizer
+        self.dtype = dtype or _working_dtype(config)
+        self.keep_loaded = keep_loaded
+        self._parts: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path = "demo", *, dtype: str | None = None, keep_loaded: bool = True
+    ) -> Self:
+        """Open a model.
+
+        Args:
+            source: "demo" (the model in the box), a model folder, or a Hub repository that holds
+                one.
+            dtype: what the language models compute in, "bfloat16", "float16" or "float32"; by
+                default what they are stored in, on the CPU backend float32, since 16-bit
+                matrices are slower there by orders of magnitude. The codec is float32.
+            keep_loaded: keep every stage in memory for the next song. Without it `generate` frees
+                each stage when it is done, so that the largest, not the sum, has to fit.
+
+        Raises:
+            KhalaError: if there is no such model or it is damaged.
+        """
+        if dtype not in (None, *DTYPES):
+            raise KhalaError(f"dtype has to be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        folder = find_model(source)
+        config = KhalaConfig.load(folder / "config.json")
+        tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+        tokenizer.check(config.tokens)
+        return cls(folder, config, tokenizer, dtype=dtype, keep_loaded=keep_loaded)
+
+    @property
+    def backbone(self) -> Backbone:
+        return self._part("backbone", lambda c: Backbone(c.backbone, c.tokens))
+
+    @property
+    def superres(self) -> SuperRes:
+        return self._part("superres", lambda c: SuperRes(c.superres, c.tokens))
+
+    @property
+    def codec(self) -> Codec:
+        return self._part("codec", lambda c: Codec(c.codec))
+
+    def release(self, part: str) -> None:
+        """Free the memory of "backbone", "superres" or "codec"; it is loaded again when needed."""
+        self._parts.pop(part, None)
+        mx.clear_cache()
+
+    def prompt_ids(
+        self,
+        tags: str = "",
+        description: str = "",
+        genre: str = "",
+        lyrics: str = "",
+        instrumental: bool = False,
+        language: str = "",
+        minutes: int = 1,
+        text_mode: str = "same_as_backbone_no_description",
+        truncate_lyrics: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of the backbone's and the superres prompt, int64 [P] each.
+
+        Raises:
+            PromptError: if the prompt is malformed, or too long and not `truncate_lyrics`.
+        """
+        asked = Prompt(tags, description, genre, lyrics, instrumental, language, minutes, text_mode)
+        return prompt_ids(self.tokenizer, self.config, asked, truncate=truncate_lyrics)
+
+    def compose(
+        self,
+        ids: np.ndarray,
+        *,
+        max_frames: int,
+        min_frames: int = 0,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        seed: int = 0,
+        reachable_only: bool = True,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """Coarse codes, int [2, T] in 0..codebook_size-1, behind the backbone prompt `ids`.
+
+        More frames than fit the trained window are cut to those that do, with a KhalaWarning.
+        See Backbone.compose for the other arguments and errors.
+        """
+        key = stage_key(seed, 0)
+        room = self._backbone_room(len(ids))
+        if max_frames > room > 0:
+            self._warn_window(max_frames, room)
+            max_frames, min_frames = room, min(min_frames, room)
+        return self.backbone.compose(
+            np.asarray(ids),
+            max_frames=max_frames,
+            min_frames=min_frames,
+            temperature=temperature,
+            top_k=top_k,
+            key=key,
+            reachable_only=reachable_only,
+            on_progress=on_progress,
+        )
+
+    def refine(
+        self,
+        ids: np.ndarray,
+        coarse: np.ndarray,
+        *,
+        top_k: int = 10,
+        seed: int = 0,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """All codes, int [K, T], from the superres prompt `ids` and coarse codes [2, T]."""
+        key = stage_key(seed, 1)
+        tokens.check_codes(self.config.tokens, coarse, self.config.tokens.num_coarse)
+        return self.superres.refine(
+            np.asarray(ids), coarse, top_k=top_k, key=key, on_progress=on_progress
+        )
+
+    def render(
+        self, codes: np.ndarray, *, on_progress: Callable[[int, int], None] | None = None
+    ) -> np.ndarray:
+        """Sound of codes [K, T]: float32 [hop * T, channels]."""
+        tokens.check_codes(self.config.tokens, codes, self.config.tokens.num_codebooks)
+        return self.codec.decode(codes, on_progress=on_progress)
+
+    def generate(
+        self,
+        *,
+        tags: str = "",
+        description: str = "",
+        genre: str = "",
+        lyrics: str = "",
+        instrumental: bool = False,
+        language: str = "",
+        minutes: int = 1,
+        text_mode: str = "same_as_backbone_no_description",
+        truncate_lyrics: bool = False,
+        seconds: float | None = None,
+        min_seconds: float = 0.0,
+        seed: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        refine_top_k: int = 10,
+        reachable_only: bool = True,
+        on_progress: Progress | None = None,
+    ) -> Song:
+        """Make a song: prompt, compose, refine, render.
+
+        Args:
+            minutes: what the prompt tells the model, 1..10.
+            seconds: caps the length; by default `minutes` and 0.8 more.
+            min_seconds: the song cannot end before.
+            seed: the same seed gives the same song on the same backend; drawn when None.
+            on_progress: called as (stage, done, total), stage "compose", "refine" or "render".
+
+        Raises:
+            KhalaError: before any model is loaded if the request cannot be served.
+        """
+        request = Request(
+            tags=tags,
+            description=description,
+            genre=genre,
+            lyrics=lyrics,
+            instrumental=instrumental,
+            language=language,
+            minutes=minutes,
+            text_mode=text_mode,
+            truncate_lyrics=truncate_lyrics,
+            seconds=seconds,
+            min_seconds=min_seconds,
+            seed=secrets.randbelow(2**32) if seed is None else seed,
+            temperature=temperature,
+            top_k=top_k,
+            refine_top_k=refine_top_k,
+            reachable_only=reachable_only,
+        )
+        return self.fulfil(request, on_progress)
+
+    def plan(self, request: Request) -> dict[str, Any]:
+        """What `fulfil` would do with a request: prompts, their lengths, frames. Loads nothing."""
+        bb_ids, sr_ids = self._request_ids(request)
+        most, least = self.frame_budget(request, len(bb_ids), len(sr_ids))
+        backbone_text, superres_text = prompt_texts(self.config, request.prompt)
+        rate = self.config.codec.frame_rate
+        return {
+            "backbone_prompt": backbone_text,
+            "superres_prompt": superres_text,
+            "backbone_prompt_tokens": len(bb_ids),
+            "superres_prompt_tokens": len(sr_ids),
+            "max_seconds": round(most / rate, 1),
+            "min_seconds": round(least / rate, 1),
+            "max_frames": most,
+            "max_tokens": most * self.config.tokens.num_coarse,
+            "seed": request.seed,
+        }
+
+    def fulfil(self, request: Request, on_progress: Progress | None = None) -> Song:
+        """Make the song of a recorded request; see `generate`."""
+        check_sampling(request.top_k, request.temperature)
+        check_sampling(request.refine_top_k)
+        stage_key(request.seed, 0)
+        bb_ids, sr_ids = self._request_ids(request)
+        max_frames, min_frames = self.frame_budget(request, len(bb_ids), len(sr_ids))
+        clock = _Clock(on_progress)
+        coarse = self.compose(
+            bb_ids,
+            max_frames=max_frames,
+            min_frames=min_frames,
+            temperature=request.temperature,
+            top_k=request.top_k,
+            seed=request.seed,
+            reachable_only=request.reachable_only,
+            on_progress=clock.start("compose"),
+        )
+        self._done_with("backbone")
+        codes = self.refine(
+            sr_ids,
+            coarse,
+            top_k=request.refine_top_k,
+            seed=request.seed,
+            on_progress=clock.start("refine"),
+        )
+        self._done_with("superres")
+        waveform = self.render(codes, on_progress=clock.start("render"))
+        self._done_with("codec")
+        clock.stop()
+        if np.abs(waveform).max() < SILENCE:
+            warnings.warn("The song is silent.", KhalaWarning, stacklevel=2)
+        metadata = self._metadata(request, codes, (len(bb_ids), len(sr_ids)), clock.seconds)
+        return Song(waveform, self.config.codec.sample_rate, codes, metadata)
+
+    def _request_ids(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
+        return prompt_ids(
+            self.tokenizer, self.config, request.prompt, truncate=request.truncate_lyrics
+        )
+
+    def frame_budget(
+        self, request: Request, backbone_length: int, superres_length: int
+    ) -> tuple[int, int]:
+        """(most, least) frames of a request whose prompts have these lengths.
+
+        A length that cannot fit the trained windows is cut, with a KhalaWarning that names the
+        longest that can.
+        """
+        fit = min(
+            self._backbone_room(backbone_length), self.config.superres.context - superres_length
+        )
+        if fit < 1:
+            raise KhalaError(
+                f"The prompt of {backbone_length} tokens leaves no room for a song in the trained "
+                f"window of {self.config.backbone.context}: shorten the lyrics."
+            )
+        seconds, least = request.seconds, request.min_seconds
+        for name, value in (("seconds", seconds), ("min_seconds", least)):
+            if value is not None and not 0 <= value < math.inf:
+                raise KhalaError(f"{name} has to be a number of seconds, got {value!r}.")
+        if seconds is not None and (seconds <= 0 or least > seconds):
+            raise KhalaError(f"seconds has to be above 0 and not below min_seconds, got {seconds}.")
+        rate = self.config.codec.frame_rate
+        asked = request.minutes * 60 if seconds is None else seconds
+        if self._frames(max(asked, least)) > fit:
+            self._warn_window(self._frames(max(asked, least)), fit)
+        most = self._frames(asked + (SPARE_MINUTES * 60 if seconds is None else 0))
+        most = min(fit, max(most, self._frames(least)))
+        return most, min(most, math.ceil(least * rate))
+
+    def _frames(self, seconds: float) -> int:
+        return max(1, math.ceil(seconds * self.config.codec.frame_rate))
+
+    def _backbone_room(self, prompt_length: int) -> int:
+        layout = self.config.tokens
+        return max(0, self.config.backbone.context - prompt_length) // layout.num_coarse
+
+    def _warn_window(self, frames: int, fit: int) -> None:
+        rate = self.config.codec.frame_rate
+        warnings.warn(
+            f"{_clock_time(frames / rate)} of song do not fit the windows the model was trained on "
+            f"({self.config.backbone.context} tokens, {self.config.superres.context} rows): with "
+            f"this prompt the longest is {_clock_time(fit / rate)}.",
+            KhalaWarning,
+            stacklevel=3,
+        )
+
+    def _part(self, name: str, build: Callable[[KhalaConfig], Loaded]) -> Loaded:
+        if name not in self._parts:
+            dtype = None if name == "codec" else getattr(mx, self.dtype)
+            model = build(self.config)
+            self._parts[name] = load_part(model, self.folder, name, self.config, dtype)
+        part: Loaded = self._parts[name]
+        return part
+
+    def _done_with(self, part: str) -> None:
+        if not self.keep_loaded:
+            self.release(part)
+        mx.clear_cache()
+
+    def _metadata(
+        self,
+        request: Request,
+        codes: np.ndarray,
+        prompts: tuple[int, int],
+        seconds: dict[str, float],
+    ) -> dict[str, Any]:
+        config = self.config
+        return {
+            "format_version": SIDECAR_VERSION,
+            "generator": f"khala-mlx {version('khala-mlx')}",
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "ai_generated": True,
+            "model": {
+                "name": self.folder.resolve().name,
+                "config_sha256": self.identity,
+                "dtype": self.dtype,
+                "fc1_bias": config.fc1_bias,
+                "quantized": bool(config.quantization),
+                "licence": config.licence,
+                "source": dict(config.source),
+            },
+            "request": request.to_dict(),
+            "prompt_tokens": {"backbone": prompts[0], "superres": prompts[1]},
+            "num_coarse": config.tokens.num_coarse,
+            "frames": int(codes.shape[1]),
+            "seconds": round(codes.shape[1] / config.codec.frame_rate, 3),
+            "backend": {"device": str(mx.default_device()), "mlx": version("mlx")},
+            "timings": seconds,
+        }
+
+    @property
+    def identity(self) -> str:
+        """sha256 of config.json, which names the checksums of what the weights came from."""
+        return hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
+
+
+def _working_dtype(config: KhalaConfig) -> str:
+    return "float32" if mx.default_device() == mx.cpu else config.dtype
+
+
+def _clock_time(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class _Clock:
+    """Times the stages and names the stage in progress reports."""
+
+    def __init__(self, on_progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._on_progress = on_progress
+        self._stage = ""
+        self._began = 0.0
+
+    def start(self, stage: str) -> Callable[[int, int], None]:
+        self.stop()
+        self._stage, self._began = stage, time.perf_counter()
+        if self._on_progress is None:
+            return lambda done, total: None
+        report = self._on_progress
+        return lambda done, total: report(stage, done, total)
+
+    def stop(self) -> None:
+        if self._stage:
+            self.seconds[self._stage] = round(time.perf_counter() - self._began, 3)

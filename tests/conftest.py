@@ -1,0 +1,86 @@
+"""Shared fixtures; also loads a fast BLAS, where there is one, before the first MLX import."""
+
+import ctypes
+import os
+import sys
+import tarfile
+import warnings
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from khala_mlx.errors import KhalaWarning
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def _preload_fast_blas() -> None:
+    # MLX's Linux wheel brings a reference BLAS, 50 times slower than the one torch brings.
+    # Symbols loaded globally first win, so this has to precede the first import of mlx.
+    if sys.platform != "linux" or os.environ.get("KHALA_STOCK_BLAS"):
+        return
+    spec = find_spec("torch")
+    candidates = []
+    if spec is not None and spec.origin is not None:
+        candidates.append(str(Path(spec.origin).parent / "lib" / "libtorch_cpu.so"))
+    candidates.append("libopenblas.so.0")
+    for library in candidates:
+        with suppress(OSError):
+            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+            return
+
+
+_preload_fast_blas()
+
+
+@pytest.fixture(scope="session")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reference set made by upstream's own code (tests/fixtures/README.md says how)."""
+    folder = tmp_path_factory.mktemp("oracle")
+    with tarfile.open(FIXTURES / "setA.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "setA"
+
+
+@pytest.fixture(scope="session", params=["single", "double"])
+def reference(
+    request: pytest.FixtureRequest, oracle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """(variant, Khala) of the reference checkpoints, converted in float32."""
+    from khala_mlx.convert import convert
+
+    from khala_mlx import Khala
+
+    folder = tmp_path_factory.mktemp("converted") / request.param
+    tokenizer = oracle / "tokenizer_small" / "tokenizer.json"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KhalaWarning)
+        convert(
+            oracle / "checkpoints",
+            folder,
+            dtype="float32",
+            fc1_bias=request.param,
+            tokenizer=tokenizer,
+        )
+    return request.param, Khala.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of tiny random weights."""
+    from tiny_model import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> Any:
+    """A Khala of tiny random weights."""
+    from khala_mlx import Khala
+
+    return Khala.from_pretrained(tiny_folder)

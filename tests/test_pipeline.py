@@ -1,0 +1,258 @@
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import soundfile
+
+from khala_mlx import Khala, KhalaError, Song
+from khala_mlx.errors import AudioError, KhalaWarning
+from khala_mlx.song import Request
+
+# Random codecs are loud.
+pytestmark = pytest.mark.filterwarnings("ignore:.*exceed full scale")
+
+
+def test_end_to_end_equals_upstream(
+    reference: tuple[str, Khala], oracle: Path, tmp_path: Path
+) -> None:
+    """From the words to the file and back, greedily, against upstream's own run."""
+    variant, khala = reference
+    golden = mx.load(str(oracle / "goldens" / "end_to_end.safetensors"))
+    asked = json.loads((oracle / "prompts_small.json").read_text())["e2e"]["input"]
+    bb_ids, sr_ids = khala.prompt_ids(
+        description=asked["description"],
+        genre=asked["genre"],
+        lyrics=asked["lyrics"],
+        minutes=asked["duration"],
+    )
+    assert np.array_equal(bb_ids, np.array(golden["backbone_prompt_ids"]))
+    assert np.array_equal(sr_ids, np.array(golden["superres_prompt_ids"]))
+    coarse = khala.compose(bb_ids, max_frames=12, top_k=1)
+    codes = khala.refine(sr_ids, coarse, top_k=1)
+    assert np.array_equal(codes, np.array(golden[f"{variant}.codes"])[:, 0])
+    wave = khala.render(codes)
+    assert wave.shape == (12 * 2048, 2)
+    assert np.abs(wave - np.array(golden[f"{variant}.wave"])).max() <= 1e-4
+    assert np.array_equal(
+        khala.codec.encode(wave), np.array(golden[f"{variant}.reencoded_codes"])[:, 0]
+    )
+
+    with warnings.catch_warnings():
+        # Five minutes in the prompt and half a second of song, on purpose.
+        warnings.simplefilter("ignore", KhalaWarning)
+        song = khala.generate(
+            description=asked["description"],
+            genre=asked["genre"],
+            lyrics=asked["lyrics"],
+            minutes=5,
+            seconds=12 / khala.config.codec.frame_rate,
+            top_k=1,
+            refine_top_k=1,
+            seed=0,
+        )
+    assert np.array_equal(song.codes, codes)
+    song.save(tmp_path / "song.wav", normalize=False)
+    saved, rate = soundfile.read(tmp_path / "song.wav")
+    assert rate == 44100
+    assert np.abs(saved - np.clip(wave, -1, 1)).max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def song(tiny: Khala) -> Song:
+    return tiny.generate(tags="pop", lyrics="la la", seconds=0.2, min_seconds=0.2, seed=5)
+
+
+def test_generate_gives_a_song(tiny: Khala, song: Song) -> None:
+    frames = song.codes.shape[1]
+    assert song.codes.shape == (8, 69)
+    assert song.waveform.shape == (frames * 128, 2)
+    assert song.waveform.dtype == np.float32
+    assert song.duration == pytest.approx(0.2, abs=0.003)
+    assert song.metadata["request"]["seed"] == 5
+    assert set(song.metadata["timings"]) == {"compose", "refine", "render"}
+    json.dumps(song.metadata)
+
+
+def test_the_stages_alone_make_the_same_song(tiny: Khala, song: Song) -> None:
+    bb_ids, sr_ids = tiny.prompt_ids(tags="pop", lyrics="la la")
+    coarse = tiny.compose(bb_ids, max_frames=69, min_frames=69, seed=5)
+    codes = tiny.refine(sr_ids, coarse, seed=5)
+    assert np.array_equal(codes, song.codes)
+    assert np.array_equal(tiny.render(codes), song.waveform)
+
+
+def test_the_sidecar_makes_the_song_again(tiny: Khala, song: Song, tmp_path: Path) -> None:
+    song.save(tmp_path / "song.flac")
+    again = tiny.fulfil(Request.from_sidecar(tmp_path / "song.json"))
+    assert np.array_equal(again.waveform, song.waveform)
+
+
+def test_low_memory_frees_each_stage(tiny_folder: Path, song: Song) -> None:
+    khala = Khala.from_pretrained(tiny_folder, keep_loaded=False)
+    again = khala.generate(tags="pop", lyrics="la la", seconds=0.2, min_seconds=0.2, seed=5)
+    assert np.array_equal(again.waveform, song.waveform)
+    assert khala._parts == {}
+
+
+def test_progress_names_the_stages_in_order(tiny: Khala) -> None:
+    seen: list[tuple[str, int, int]] = []
+    tiny.generate(seconds=0.05, min_seconds=0.05, seed=1, on_progress=lambda *a: seen.append(a))
+    assert [s for i, (s, *_) in enumerate(seen) if i == 0 or seen[i - 1][0] != s] == [
+        "compose",
+        "refine",
+        "render",
+    ]
+    assert all(0 < done <= total for _, done, total in seen)
+
+
+def test_no_seed_draws_one(tiny: Khala) -> None:
+    seeds = {
+        tiny.generate(seconds=0.02, min_seconds=0.02).metadata["request"]["seed"] for _ in range(2)
+    }
+    assert len(seeds) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"minutes": 11}, "minutes has to be 1..10"),
+        ({"seconds": 0.0}, "above 0"),
+        ({"seconds": -1.0}, "number of seconds"),
+        ({"seconds": float("nan")}, "type float"),
+        ({"seconds": "12"}, "type float"),
+        ({"seconds": 1.0, "min_seconds": 2.0}, "not below min_seconds"),
+        ({"min_seconds": -1.0}, "number of seconds"),
+        ({"top_k": 0}, "top_k"),
+        ({"refine_top_k": 0}, "top_k"),
+        ({"temperature": 0}, "temperature"),
+        ({"seed": -1}, "seed"),
+        ({"text_mode": "other"}, "text_mode"),
+        ({"tags": None}, "type str"),
+        ({"lyrics": "x" * 400}, "--truncate-lyrics"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_loads(
+    tiny_folder: Path, arguments: dict[str, Any], sentence: str
+) -> None:
+    khala = Khala.from_pretrained(tiny_folder)
+    with pytest.raises(KhalaError, match=sentence):
+        khala.generate(**arguments)
+    assert khala._parts == {}
+
+
+def test_misspelt_arguments_are_errors(tiny: Khala) -> None:
+    with pytest.raises(TypeError, match="temprature"):
+        tiny.generate(temprature=1.0)  # type: ignore[call-arg]
+
+
+def budget(khala: Khala, **request: Any) -> tuple[int, int]:
+    return khala.frame_budget(Request(**request), 100, 80)
+
+
+def released(tiny: Khala) -> Khala:
+    from khala_mlx.config import KhalaConfig
+
+    return Khala(tiny.folder, KhalaConfig(), tiny.tokenizer)
+
+
+def test_the_frame_budget_of_the_released_windows(tiny: Khala) -> None:
+    khala = released(tiny)
+    # 1.8 minutes at 21.533 frames a second (upstream: 2584 tokens a minute).
+    assert budget(khala, minutes=1) == (2326, 0)
+    assert budget(khala, seconds=10.0, min_seconds=10.0) == (216, 216)
+    with pytest.warns(KhalaWarning, match=r"10:00 of song .* the longest is 6:16"):
+        assert budget(khala, minutes=10) == (8112, 0)
+    with pytest.warns(KhalaWarning, match=r"the longest is 6:16"):
+        assert budget(khala, min_seconds=1000.0) == (8112, 8112)
+
+
+def test_a_prompt_without_room_is_refused(tiny: Khala) -> None:
+    with pytest.raises(KhalaError, match="leaves no room"):
+        tiny.frame_budget(Request(), 511, 80)
+
+
+def test_a_silent_song_is_told(tiny_folder: Path) -> None:
+    khala = Khala.from_pretrained(tiny_folder)
+    last = khala.codec.decoder.conv_out
+    last.update({"weight": mx.zeros_like(last.weight), "bias": mx.full(last.bias.shape, 1e-7)})
+    with pytest.warns(KhalaWarning, match="silent"):
+        khala.generate(seconds=0.02, min_seconds=0.02, seed=1)
+
+
+def test_wrong_codes_are_refused_by_every_stage(tiny: Khala) -> None:
+    for codes in (np.zeros((7, 3), int), np.full((8, 3), 16), np.zeros((8, 3))):
+        with pytest.raises(KhalaError, match="Codes have to"):
+            tiny.render(codes)
+
+
+def test_saving_writes_three_files(song: Song, tmp_path: Path) -> None:
+    assert song.save(tmp_path / "x.wav") == tmp_path / "x.wav"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.json", "x.take.safetensors", "x.wav"]
+    take, metadata = mx.load(str(tmp_path / "x.take.safetensors"), return_metadata=True)
+    assert np.array_equal(np.array(take["codes"]), song.codes)
+    assert np.array_equal(np.array(take["coarse"]), song.codes[:2])
+    assert json.loads(metadata["khala"])["refined_layers"] == 8
+    for name in ("x.wav", "x.flac"):
+        with pytest.raises(KhalaError, match="exists already"):
+            song.save(tmp_path / name)
+    song.save(tmp_path / "x.wav", overwrite=True)
+
+
+def test_a_failed_save_leaves_nothing(
+    song: Song, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise soundfile.LibsndfileError(2, "Error : disk: ")
+
+    monkeypatch.setattr(soundfile.SoundFile, "write", fail)
+    with pytest.raises(AudioError):
+        song.save(tmp_path / "x.wav")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_songs_of_ones_own_can_be_saved(tmp_path: Path) -> None:
+    wave = np.full((256, 2), 0.1, np.float32)
+    Song(wave, 44100, np.zeros((8, 2), int)).save(tmp_path / "own.wav")
+    assert soundfile.info(tmp_path / "own.wav").frames == 256
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"request": 3}',
+        '{"request": {"seed": "x"}}',
+        '{"request": {"a": 1}}',
+        "[" * 99999,
+    ],
+)
+def test_wrong_sidecars_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "song.json").write_text(text)
+    with pytest.raises(KhalaError, match=r"song\.json"):
+        Request.from_sidecar(tmp_path / "song.json")
+
+
+def test_older_sidecars_get_defaults(tmp_path: Path) -> None:
+    (tmp_path / "song.json").write_text('{"request": {"tags": "pop", "seed": 3}}')
+    assert Request.from_sidecar(tmp_path / "song.json") == Request(tags="pop", seed=3)
+    with pytest.raises(KhalaError, match="cannot be read"):
+        Request.from_sidecar(tmp_path / "absent.json")
+
+
+def test_playing_a_song(song: Song, monkeypatch: pytest.MonkeyPatch) -> None:
+    played: list[int] = []
+    monkeypatch.setattr("khala_mlx.audio.play", lambda wave, rate: played.append(rate))
+    song.play()
+    assert played == [44100]
+
+
+def test_requests_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Request().seed = 3  # type: ignore[misc]
