@@ -1,0 +1,156 @@
+"""What every command shares: progress, warnings, one-line errors, and a prompt Ctrl-C."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import click
+
+from khala_mlx.errors import KhalaError, KhalaWarning
+from khala_mlx.files import discard_unfinished
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def command(work: Callable[P, R]) -> Callable[P, R]:
+    """Run a command in a worker thread; turn errors into one line and exit code 1.
+
+    The main thread only waits, so that Ctrl-C is answered at once even inside a long evaluation.
+    One thread owns all of MLX's work, because its streams belong to the thread that made them.
+    """
+
+    @functools.wraps(work)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        outcome: list[R] = []
+        failure: list[BaseException] = []
+        context = click.get_current_context()
+
+        def target() -> None:
+            try:
+                with context.scope(cleanup=False):
+                    outcome.append(work(*args, **kwargs))
+            except BaseException as error:
+                failure.append(error)
+            finally:
+                _close_streams()
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", KhalaWarning)
+            warnings.showwarning = _show_warning
+            worker = threading.Thread(target=target, daemon=True)
+            worker.start()
+            try:
+                with _terminate_like_interrupt():
+                    while worker.is_alive():
+                        worker.join(0.1)
+            except KeyboardInterrupt:
+                discard_unfinished()
+                click.echo("\nStopped; nothing half-written was left behind.", err=True)
+                sys.stdout.flush()
+                # The worker may be deep inside an evaluation, which nothing but this ends.
+                os._exit(1)
+        if failure:
+            _fail(failure[0])
+        return outcome[0]
+
+    return run
+
+
+def _close_streams() -> None:
+    # MLX aborts the process at exit if a thread that is gone has left its streams open.
+    if "mlx.core" in sys.modules:
+        sys.modules["mlx.core"].clear_streams()
+
+
+@contextmanager
+def _terminate_like_interrupt() -> Iterator[None]:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _fail(error: BaseException) -> None:
+    if isinstance(error, (click.ClickException, click.exceptions.Exit, click.Abort)):
+        raise error
+    if os.environ.get("KHALA_DEBUG"):
+        traceback.print_exception(error)
+    if isinstance(error, KhalaError):
+        message = str(error)
+    elif isinstance(error, MemoryError):
+        message = "There is not enough memory for this."
+    else:
+        detail = " ".join(str(error).split())
+        kind = type(error).__name__
+        message = f"Unexpected {kind}: {detail} (KHALA_DEBUG=1 shows where; please report it)."
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(1)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, KhalaWarning):
+        click.echo(f"Warning: {message}", err=True)
+
+
+class Progress:
+    """Shows (stage, done, total): a bar with the time left on a terminal, else plain lines."""
+
+    # A plain log gets a line for each tenth of a stage.
+    _TENTHS = 10
+
+    def __init__(self) -> None:
+        self._bar = sys.stderr.isatty()
+        self._stage = ""
+        self._began = 0.0
+        self._tenths = -1
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._stage, self._began, self._tenths = stage, time.monotonic(), -1
+        if self._bar:
+            self._draw(done, total)
+        elif (tenths := done * self._TENTHS // max(total, 1)) != self._tenths:
+            self._tenths = tenths
+            click.echo(f"{stage}: {done}/{total}", err=True)
+
+    def _draw(self, done: int, total: int) -> None:
+        width = 24
+        filled = width * done // max(total, 1)
+        bar = "█" * filled + "░" * (width - filled)
+        elapsed = time.monotonic() - self._began
+        if done >= total:
+            timing = f"{_minutes(elapsed)} taken"
+        elif done:
+            timing = f"{_minutes(elapsed / done * (total - done))} left"
+        else:
+            timing = ""
+        # A pseudo-terminal without a size says 0.
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        line = f"{self._stage:<8} {bar} {100 * done // max(total, 1):3d} %  {timing:<12}"
+        # \x1b[K clears what a longer line left; a line wider than the window would scroll.
+        click.echo("\r" + line[: max(1, columns - 1)] + "\x1b[K", nl=done >= total, err=True)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def line_of(data: dict[str, Any]) -> str:
+    """Aligned `name  value` lines of a flat report."""
+    width = max(len(name) for name in data)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in data.items())
