@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from khala_mlx import ops
+from khala_mlx import ops, tokens
 from khala_mlx.config import CodecConfig
 from khala_mlx.errors import AudioError, KhalaError
 from khala_mlx.ops import Span, Window, windows
@@ -198,7 +198,7 @@ class Codec(nn.Module):
         chunk_frames: int | None = None,
         on_progress: Progress | None = None,
     ) -> np.ndarray:
-        """Float32 samples [L, channels] to int32 codes [K, T], T = L / hop rounded up.
+        """Float samples [L, channels] to int32 codes [K, T], T = L / hop rounded up.
 
         Zeros fill the last frame. Works in blocks as `decode` does.
 
@@ -207,7 +207,7 @@ class Codec(nn.Module):
             KhalaError: if chunk_frames is no whole number above 0.
         """
         config = self.config
-        _check_waveform(waveform, config.channels)
+        waveform = _checked_waveform(waveform, config.channels)
         chunk = _chunk(chunk_frames, self.encode_bytes)
         total = -(-len(waveform) // config.hop)
         codes = np.empty((config.num_codebooks, total), dtype=np.int32)
@@ -235,6 +235,7 @@ class Codec(nn.Module):
             KhalaError: if the codes have another shape or type, are none, or name no row; if
                 chunk_frames is no whole number above 0; if the device returns no usable samples.
         """
+        codes = self._checked(codes)
         blocks = self.decode_stream(codes, chunk_frames=chunk_frames)
         hop, total = self.config.hop, codes.shape[1]
         samples = np.empty((hop * total, self.config.channels), dtype=np.float32)
@@ -249,8 +250,7 @@ class Codec(nn.Module):
         self, codes: np.ndarray, *, chunk_frames: int | None = None
     ) -> Iterator[np.ndarray]:
         """`decode` block by block, so that a song can be heard while its rest is rendered."""
-        _check_codes(codes, self.config)
-        return self._decode_blocks(codes, _chunk(chunk_frames, self.decode_bytes))
+        return self._decode_blocks(self._checked(codes), _chunk(chunk_frames, self.decode_bytes))
 
     def decode_crossfade(
         self, codes: np.ndarray, *, chunk_frames: int = 1920, overlap_frames: int = 480
@@ -260,7 +260,7 @@ class Codec(nn.Module):
         Only for comparisons with upstream. Without an overlap upstream keeps the last chunk
         alone, and so does this.
         """
-        _check_codes(codes, self.config)
+        codes = self._checked(codes)
         if not 0 <= overlap_frames < chunk_frames:
             raise KhalaError(
                 f"overlap_frames has to lie in 0..{chunk_frames - 1}, got {overlap_frames}."
@@ -283,6 +283,10 @@ class Codec(nn.Module):
         config = self.config
         frames = chunk_frames + sum(encoder_halo(config))
         return 4 * _LIVE * frames * config.hop * config.encoder_dim
+
+    def _checked(self, codes: np.ndarray) -> np.ndarray:
+        layers, rows = self.config.num_codebooks, self.config.codebook_size
+        return tokens.check_codes(codes, layers=layers, codebook_size=rows, fewer=True)
 
     def _decode_blocks(self, codes: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
         hop = self.config.hop
@@ -392,26 +396,15 @@ def _report(on_progress: Progress | None, done: int, total: int) -> None:
         on_progress(done, total)
 
 
-def _check_waveform(waveform: np.ndarray, channels: int) -> None:
-    if not isinstance(waveform, np.ndarray) or waveform.ndim != 2 or waveform.shape[1] != channels:
-        shape = list(getattr(waveform, "shape", []))
+def _checked_waveform(given: np.ndarray, channels: int) -> np.ndarray:
+    waveform = np.asarray(given)
+    if waveform.ndim != 2 or waveform.shape[1] != channels:
+        shape = list(waveform.shape)
         raise AudioError(f"A waveform has to be an array of shape [L, {channels}], got {shape}.")
-    if waveform.dtype != np.float32:
-        raise AudioError(f"A waveform has to be float32, got {waveform.dtype}.")
+    if waveform.dtype.kind != "f":
+        raise AudioError(f"A waveform has to be floats from -1 to 1, got {waveform.dtype}.")
     if len(waveform) == 0:
         raise AudioError("A waveform has to hold at least one sample.")
     if not np.isfinite(waveform).all():
         raise AudioError("A waveform has to be finite, this one holds NaN or infinity.")
-
-
-def _check_codes(codes: np.ndarray, config: CodecConfig) -> None:
-    layers, rows = config.num_codebooks, config.codebook_size
-    if not isinstance(codes, np.ndarray) or codes.ndim != 2 or not 1 <= codes.shape[0] <= layers:
-        shape = list(getattr(codes, "shape", []))
-        raise KhalaError(f"Codes have to be an array of shape [1..{layers}, T], got {shape}.")
-    if codes.dtype.kind not in "iu":
-        raise KhalaError(f"Codes have to be integers, got {codes.dtype}.")
-    if codes.shape[1] == 0:
-        raise KhalaError("Codes have to hold at least one frame.")
-    if codes.min() < 0 or codes.max() >= rows:
-        raise KhalaError(f"Codes have to lie in 0..{rows - 1}, got {codes.min()}..{codes.max()}.")
+    return waveform.astype(np.float32, copy=False)

@@ -164,7 +164,8 @@ class Khala:
     ) -> np.ndarray:
         """All codes, int [K, T], from the superres prompt `ids` and coarse codes [2, T]."""
         key = stage_key(seed, 1)
-        tokens.check_codes(self.config.tokens, coarse, self.config.tokens.num_coarse)
+        # Before the model is loaded.
+        self._check_codes(coarse, self.config.tokens.num_coarse)
         return self.superres.refine(
             np.asarray(ids), coarse, top_k=top_k, key=key, on_progress=on_progress
         )
@@ -173,7 +174,7 @@ class Khala:
         self, codes: np.ndarray, *, on_progress: Callable[[int, int], None] | None = None
     ) -> np.ndarray:
         """Sound of codes [K, T]: float32 [hop * T, channels]."""
-        tokens.check_codes(self.config.tokens, codes, self.config.tokens.num_codebooks)
+        self._check_codes(codes, self.config.tokens.num_codebooks)
         return self.codec.decode(codes, on_progress=on_progress)
 
     def generate(
@@ -316,6 +317,9 @@ class Khala:
         most = self._frames(asked + (SPARE_MINUTES * 60 if seconds is None else 0))
         most = min(fit, max(most, self._frames(least)))
         return most, min(most, math.ceil(least * rate))
+
+    def _check_codes(self, codes: np.ndarray, layers: int) -> None:
+        tokens.check_codes(codes, layers=layers, codebook_size=self.config.tokens.codebook_size)
 
     def _frames(self, seconds: float) -> int:
         return max(1, math.ceil(seconds * self.config.codec.frame_rate))

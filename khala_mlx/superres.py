@@ -61,7 +61,9 @@ class SuperRes(Transformer):
             KhalaError: for codes or ids out of range, or more rows than the trained window.
         """
         check_sampling(top_k)
-        tokens.check_codes(self.layout, coarse, self.layout.num_coarse)
+        coarse = tokens.check_codes(
+            coarse, layers=self.layout.num_coarse, codebook_size=self.layout.codebook_size
+        )
         frames, top_k = coarse.shape[1], min(top_k, self.layout.codebook_size)
         self._check_rows(len(ids), frames)
         prompt = self.embed(self.checked_ids(np.asarray(ids)[None], 2, "[1, P]"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from khala_mlx.config import TokenLayout
@@ -24,7 +26,9 @@ def marker(layout: TokenLayout, layer: int) -> int:
 
 def interleave(layout: TokenLayout, coarse: np.ndarray) -> np.ndarray:
     """Coarse codes [2, T] to the backbone's ids [2T]: q0, q1, q0, q1, ..."""
-    check_codes(layout, coarse, layout.num_coarse)
+    coarse = check_codes(
+        coarse, layers=layout.num_coarse, codebook_size=layout.codebook_size
+    ).astype(np.int64)
     starts = [window(layout, layer)[0] for layer in range(layout.num_coarse)]
     return (coarse + np.array(starts)[:, None]).T.reshape(-1).astype(np.int64)
 
@@ -50,16 +54,27 @@ def deinterleave(layout: TokenLayout, ids: np.ndarray) -> np.ndarray:
     return codes
 
 
-def check_codes(layout: TokenLayout, codes: np.ndarray, layers: int) -> None:
-    """Refuse anything but integer codes [layers, T] with T >= 1, each inside its codebook."""
-    if not isinstance(codes, np.ndarray) or codes.ndim != 2 or codes.shape[0] != layers:
-        shape = list(getattr(codes, "shape", []))
-        raise KhalaError(f"Codes have to be an array of shape [{layers}, T], got {shape}.")
-    if codes.dtype.kind not in "iu":
-        raise KhalaError(f"Codes have to be integers, got {codes.dtype}.")
-    if codes.shape[1] == 0:
-        raise KhalaError("Codes have to hold at least one frame.")
-    if codes.min() < 0 or codes.max() >= layout.codebook_size:
+def check_codes(codes: Any, *, layers: int, codebook_size: int, fewer: bool = False) -> np.ndarray:
+    """Codes as an array [layers, T], T >= 1, integers that each lie inside their codebook.
+
+    With `fewer` the first k <= layers will do.
+
+    Raises:
+        KhalaError: for anything else.
+    """
+    array = np.asarray(codes)
+    least = 1 if fewer else layers
+    if array.ndim != 2 or not least <= array.shape[0] <= layers:
+        wanted = f"1..{layers}" if fewer else f"{layers}"
         raise KhalaError(
-            f"Codes have to lie in 0..{layout.codebook_size - 1}, got {codes.min()}..{codes.max()}."
+            f"Codes have to be an array of shape [{wanted}, T], got {list(array.shape)}."
         )
+    if array.dtype.kind not in "iu":
+        raise KhalaError(f"Codes have to be integers, got {array.dtype}.")
+    if array.shape[1] == 0:
+        raise KhalaError("Codes have to hold at least one frame.")
+    if array.min() < 0 or array.max() >= codebook_size:
+        raise KhalaError(
+            f"Codes have to lie in 0..{codebook_size - 1}, got {array.min()}..{array.max()}."
+        )
+    return array

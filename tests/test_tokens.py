@@ -73,9 +73,17 @@ def test_a_token_outside_its_window_is_named(
         (np.zeros((2, 0), int), "at least one frame"),
         (np.full((2, 4), 1024), "0..1023"),
         (np.full((2, 4), -1), "0..1023"),
-        ([[1], [2]], "shape"),
+        ([1, 2], "shape"),
     ],
 )
 def test_bad_codes_are_refused(codes: np.ndarray, sentence: str) -> None:
     with pytest.raises(KhalaError, match=sentence):
-        tokens.check_codes(RELEASED, codes, 2)
+        tokens.check_codes(codes, layers=2, codebook_size=1024)
+
+
+def test_lists_and_small_integers_are_codes() -> None:
+    ids = tokens.interleave(RELEASED, np.array([[5], [7]], dtype=np.uint8))
+    assert ids.tolist() == [128261, 129287]
+    assert tokens.check_codes([[1], [2]], layers=3, codebook_size=4, fewer=True).shape == (2, 1)
+    with pytest.raises(KhalaError, match=r"\[1..3, T\]"):
+        tokens.check_codes([[1]] * 4, layers=3, codebook_size=4, fewer=True)
