@@ -144,7 +144,9 @@ def generate(**options: Any) -> None:
     "--group-size", type=click.Choice(["32", "64", "128"]), default="64", show_default=True
 )
 @click.option(
-    "--tokenizer", type=FILE, help="Llama 3.1's tokenizer.json, where it is not beside SOURCE."
+    "--tokenizer",
+    metavar="FILE",
+    help="Llama 3.1's tokenizer.json, its folder or its Hub repository, if not beside SOURCE.",
 )
 @click.option(
     "--fc1-bias",
@@ -160,7 +162,7 @@ def convert(
     dtype: str,
     quantize: str | None,
     group_size: str,
-    tokenizer: Path | None,
+    tokenizer: str | None,
     fc1_bias: str | None,
     as_json: bool,
 ) -> None:
@@ -182,7 +184,7 @@ def convert(
         fc1_bias=fc1_bias,
         on_progress=Progress(),
     )
-    _report(report, as_json)
+    _report(report if as_json else _summary(report), as_json)
 
 
 @main.command()
@@ -259,6 +261,24 @@ def play(path: Path) -> None:
     from khala_mlx.audio import play_file
 
     play_file(path)
+
+
+def _summary(report: dict[str, Any]) -> dict[str, Any]:
+    """The lines of a conversion; the rest of the report is for --json."""
+    packed = report["quantization"]
+    lines = {
+        "folder": report["destination"],
+        "size": f"{report['bytes'] / 1e9:.2f} GB",
+        "layout": report["layout"],
+        "dtype": report["dtype"] if not packed else f"{report['dtype']}, {packed['bits']} bit",
+        "fc1_bias": report["fc1_bias"],
+    }
+    for name, part in report["parts"].items():
+        lines[name] = f"{part['tensors']} tensors, {part['parameters'] / 1e6:.1f} M parameters"
+    for name, unused in report["unused"].items():
+        if unused:
+            lines[f"unused in {name}"] = len(unused)
+    return lines
 
 
 def _request(options: dict[str, Any]) -> Any:

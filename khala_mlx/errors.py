@@ -21,6 +21,10 @@ class ConvertError(KhalaError):
     """A foreign checkpoint that cannot be read or converted."""
 
 
+class HubError(KhalaError):
+    """A file that cannot be fetched from the Hugging Face Hub."""
+
+
 class AudioError(KhalaError):
     """An audio or codes file that cannot be read, written or played."""
 

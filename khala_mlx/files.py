@@ -58,7 +58,7 @@ def discard_unfinished() -> None:
 
 def check_absent(destination: Path) -> None:
     """Refuse a destination that exists, dangling links included."""
-    if destination.exists() or destination.is_symlink():
+    if os.path.lexists(destination):
         raise KhalaError(f"{destination} exists already; remove it or choose another name.")
 
 

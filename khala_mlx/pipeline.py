@@ -21,13 +21,12 @@ from khala_mlx.backbone import Backbone
 from khala_mlx.codec import Codec
 from khala_mlx.config import DTYPES, KhalaConfig
 from khala_mlx.errors import KhalaError, KhalaWarning
-from khala_mlx.hub import find_model
 from khala_mlx.prompt import Prompt, prompt_ids, prompt_texts
 from khala_mlx.sampling import check_sampling, stage_key
 from khala_mlx.song import SIDECAR_VERSION, Request, Song
 from khala_mlx.superres import SuperRes
 from khala_mlx.tokenizer import Tokenizer
-from khala_mlx.weights import load_part
+from khala_mlx.weights import find_model, load_part
 
 Progress = Callable[[str, int, int], None]
 Loaded = TypeVar("Loaded", Backbone, SuperRes, Codec)

@@ -1,4 +1,4 @@
-"""Find, check and load the tensors of a model folder. Strict: there is no way around it."""
+"""Find a model folder, check and load its tensors. Strict: there is no way around it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,43 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from khala_mlx import hub
 from khala_mlx.config import KhalaConfig
 from khala_mlx.errors import WeightsError
 
 PARTS = ("backbone", "superres", "codec")
 Part = TypeVar("Part", bound=nn.Module)
+
+
+def find_model(source: str | Path) -> Path:
+    """The folder of a model: the one in the box, a local folder, or a Hub snapshot.
+
+    Raises:
+        KhalaError: if there is none, saying how to make one.
+    """
+    if source == "demo":
+        folder = Path(__file__).parent / "demo"
+        if not (folder / "config.json").is_file():
+            raise WeightsError(
+                "This version brings no model of its own yet: convert the released weights with "
+                "`khala convert` and name the folder with --model."
+            )
+        return folder
+    path = Path(source).expanduser()
+    if path.is_file():
+        raise WeightsError(f"{path} is a file; a model is a folder made by `khala convert`.")
+    if not path.exists():
+        if not hub.is_repo_id(str(source)):
+            raise WeightsError(
+                f"There is no model folder {source}, nor is that the name of a Hub repository."
+            )
+        path = hub.download(str(source), lambda names: ("*.json", "*.safetensors", "*.md")).folder
+    if not (path / "config.json").is_file():
+        raise WeightsError(
+            f"{source} is no model folder, it has no config.json; checkpoints are turned into one "
+            f"by `khala convert {source} DEST`."
+        )
+    return path
 
 
 def part_files(folder: Path, part: str) -> list[Path]:

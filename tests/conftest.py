@@ -52,9 +52,8 @@ def reference(
     request: pytest.FixtureRequest, oracle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Any:
     """(variant, Khala) of the reference checkpoints, converted in float32."""
-    from khala_mlx.convert import convert
-
     from khala_mlx import Khala
+    from khala_mlx.convert import convert
 
     folder = tmp_path_factory.mktemp("converted") / request.param
     tokenizer = oracle / "tokenizer_small" / "tokenizer.json"

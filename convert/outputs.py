@@ -1,0 +1,154 @@
+"""How a tensor becomes bytes of the model folder: dtype, scale, quantisation, file by file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from khala_mlx.config import Quantization
+from khala_mlx.convert.layout import is_fc1_bias
+from khala_mlx.convert.parts import Part
+from khala_mlx.convert.safetensors_files import Entry, Output
+from khala_mlx.convert.tensors import Tensor, blocks, narrow, to_float32
+from khala_mlx.errors import ConvertError
+from khala_mlx.names import shown
+
+# A file may not be larger on some hosts; beyond it a part is cut into several.
+LARGEST_FILE = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a transformer's tensors are stored as."""
+
+    dtype: str
+    fc1_scale: float = 1.0
+    quantization: Quantization | None = None
+
+    def packs(self, tensor: Tensor) -> bool:
+        """Whether a tensor is quantised: matrices whose rows divide into groups."""
+        if self.quantization is None or len(tensor.shape) != 2:
+            return False
+        return tensor.shape[1] % self.quantization.group_size == 0
+
+
+def transformer_outputs(part: Part[Any], packing: Packing) -> list[Output]:
+    """Every tensor of a transformer as it is to be written."""
+    outputs = []
+    for name, tensor in part.tensors.items():
+        scale = packing.fc1_scale if is_fc1_bias(name) else 1.0
+        if packing.quantization and packing.packs(tensor):
+            outputs.append(_quantised(name, tensor, packing.dtype, packing.quantization))
+        else:
+            outputs.append(_plain(name, tensor, packing.dtype, scale))
+    return outputs
+
+
+def codec_outputs(part: Part[Any]) -> list[Output]:
+    """Every tensor of the codec, float32: rounding its weights is heard."""
+    return [_whole(name, tensor) for name, tensor in part.tensors.items()]
+
+
+def packed_layers(part: Part[Any], packing: Packing) -> dict[str, Quantization]:
+    """config.json's `quantization` for one part."""
+    if packing.quantization is None:
+        return {}
+    return {
+        f"{part.name}.{name.removesuffix('.weight')}": packing.quantization
+        for name, tensor in part.tensors.items()
+        if packing.packs(tensor)
+    }
+
+
+def files(part: str, outputs: Sequence[Output]) -> list[tuple[str, list[Output]]]:
+    """Which file takes which tensors; Hugging Face's names when there are several."""
+    shards: list[list[Output]] = [[]]
+    for output in outputs:
+        held = sum(each.bytes for each in shards[-1])
+        if shards[-1] and held + output.bytes > LARGEST_FILE:
+            shards.append([])
+        shards[-1].append(output)
+    if len(shards) == 1:
+        return [(f"{part}.safetensors", shards[0])]
+    return [
+        (f"{part}-{number:05d}-of-{len(shards):05d}.safetensors", shard)
+        for number, shard in enumerate(shards, 1)
+    ]
+
+
+def index(part_files: Sequence[tuple[str, list[Output]]]) -> dict[str, Any]:
+    """The index of a part cut into several files, in Hugging Face's format."""
+    entries = [
+        (file, entry) for file, shard in part_files for out in shard for entry in out.entries
+    ]
+    return {
+        "metadata": {"total_size": sum(entry.bytes for _, entry in entries)},
+        "weight_map": {entry.name: file for file, entry in entries},
+    }
+
+
+def _plain(name: str, tensor: Tensor, dtype: str, scale: float) -> Output:
+    def make() -> Iterator[np.ndarray]:
+        for start, stop in blocks(tensor):
+            yield _converted(tensor, start, stop, dtype, scale)
+
+    return Output((Entry(name, dtype, tensor.shape),), make)
+
+
+def _whole(name: str, tensor: Tensor) -> Output:
+    def make() -> Iterator[np.ndarray]:
+        yield to_float32(tensor.whole(), tensor)
+
+    return Output((Entry(name, "float32", tensor.shape),), make)
+
+
+def _converted(tensor: Tensor, start: int, stop: int, dtype: str, scale: float) -> np.ndarray:
+    raw = tensor.read(start, stop)
+    values = to_float32(raw, tensor)
+    if scale != 1.0:
+        with np.errstate(over="ignore"):
+            values = values * np.float32(scale)
+        if not np.isfinite(values).all():
+            raise ConvertError(f"{shown(tensor.name)} is too large to be doubled.")
+    elif tensor.dtype == dtype:
+        return raw
+    return narrow(values, dtype, tensor.name)
+
+
+def _quantised(name: str, tensor: Tensor, dtype: str, how: Quantization) -> Output:
+    rows, columns = tensor.shape
+    stem = name.removesuffix(".weight")
+    groups = (rows, columns // how.group_size)
+    entries = (
+        Entry(name, "uint32", (rows, columns * how.bits // 32)),
+        Entry(f"{stem}.scales", dtype, groups),
+        Entry(f"{stem}.biases", dtype, groups),
+    )
+
+    def make() -> Iterator[np.ndarray]:
+        scales, biases = [], []
+        for start, stop in blocks(tensor):
+            packed, scale, bias = _pack(_converted(tensor, start, stop, dtype, 1.0), dtype, how)
+            scales.append(scale)
+            biases.append(bias)
+            yield packed
+        yield from scales
+        yield from biases
+
+    return Output(entries, make)
+
+
+def _pack(values: np.ndarray, dtype: str, how: Quantization) -> list[np.ndarray]:
+    # MLX is needed, and loaded, only for this.
+    import mlx.core as mx
+
+    array = mx.array(values).view(mx.bfloat16) if dtype == "bfloat16" else mx.array(values)
+    packed, scales, biases = mx.quantize(
+        array, group_size=how.group_size, bits=how.bits, mode=how.mode
+    )
+    if dtype == "bfloat16":
+        scales, biases = scales.view(mx.uint16), biases.view(mx.uint16)
+    return [np.array(packed), np.array(scales), np.array(biases)]

@@ -1,0 +1,216 @@
+"""The conversion from start to end: find, check, write, describe."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from khala_mlx.config import DTYPES, KhalaConfig, Quantization
+from khala_mlx.convert.card import card
+from khala_mlx.convert.outputs import Packing, packed_layers
+from khala_mlx.convert.parts import Opened, token_layout
+from khala_mlx.convert.source import Located, locate
+from khala_mlx.convert.tokenizer import Tokenizer
+from khala_mlx.convert.tokenizer import find as find_tokenizer
+from khala_mlx.convert.writing import Progress, write_json, write_part
+from khala_mlx.errors import ConvertError, KhalaWarning
+from khala_mlx.files import appears_whole
+from khala_mlx.names import listed, shown
+
+BITS = (4, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+FC1_BIASES = ("double", "single")
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    quantize: int | None = None,
+    group_size: int = 64,
+    tokenizer: str | Path | None = None,
+    fc1_bias: str | None = None,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Turn published weights into a model folder, or a model folder into another.
+
+    Args:
+        source: a folder in upstream's or in Vinpolar's layout, a model folder, or a repository
+            on the Hugging Face Hub.
+        destination: the folder to make; it must not exist.
+        dtype: of the language models: bfloat16, float16 or float32. The codec is float32.
+        quantize: bits per weight of the language models' matrices (4, 6 or 8), or None.
+        group_size: weights that share a scale (32, 64 or 128).
+        tokenizer: a tokenizer.json, a folder or repository with one; by default the one beside
+            the source, or else Llama 3.1's from the Hub.
+        fc1_bias: "double" or "single"; by default "double", or what a model folder has already.
+        on_progress: called with a part's name, the bytes done and the bytes to do.
+
+    Returns:
+        A report that can be written as JSON. Its warnings are issued as KhalaWarnings too.
+
+    Raises:
+        KhalaError: in one sentence; nothing is left at `destination`.
+    """
+    _check_options(dtype, quantize, group_size, fc1_bias)
+    destination = Path(destination).expanduser()
+    with _without_empty_parents(destination), appears_whole(destination, folder=True) as folder:
+        located, opened = _open(source)
+        found = fc1_bias or (opened.config.fc1_bias if opened.config else "double")
+        packing = Packing(
+            dtype,
+            _fc1_scale(opened, found),
+            Quantization(quantize, group_size) if quantize else None,
+        )
+        config = _config(opened, packing, found)
+        tokens = find_tokenizer(tokenizer, located.root, config.tokens)
+        report = _write_all(located, opened, packing, config, tokens, folder, on_progress)
+    report["destination"] = str(destination)
+    for note in report["warnings"]:
+        warnings.warn(note, KhalaWarning, stacklevel=2)
+    return report
+
+
+def _open(source: str | Path) -> tuple[Located, Opened]:
+    try:
+        located = locate(source)
+        return located, located.open()
+    except OSError as error:
+        # Whatever else cannot be read; errors while writing are the destination's.
+        raise ConvertError(f"The source cannot be read: {error.strerror}.") from error
+
+
+def _check_options(dtype: str, quantize: int | None, group_size: int, fc1_bias: str | None) -> None:
+    for name, value, known in (
+        ("dtype", dtype, DTYPES),
+        ("quantize", quantize, (None, *BITS)),
+        ("group_size", group_size, GROUP_SIZES),
+        ("fc1_bias", fc1_bias, (None, *FC1_BIASES)),
+    ):
+        if value not in known:
+            choices = ", ".join(str(each) for each in known if each is not None)
+            raise ConvertError(f"{name} has to be one of {choices}, got {shown(value)}.")
+
+
+def _fc1_scale(opened: Opened, wanted: str) -> float:
+    """What fc1's biases are multiplied by; foreign files hold them single."""
+    there = opened.config.fc1_bias if opened.config else "single"
+    return {"single": 1.0, "double": 2.0}[wanted] / {"single": 1.0, "double": 2.0}[there]
+
+
+def _config(opened: Opened, packing: Packing, fc1_bias: str) -> KhalaConfig:
+    changes: dict[str, Any] = {
+        "dtype": packing.dtype,
+        "fc1_bias": fc1_bias,
+        "quantization": packed_layers(opened.backbone, packing)
+        | packed_layers(opened.superres, packing),
+    }
+    if opened.config:
+        return dataclasses.replace(opened.config, **changes)
+    return KhalaConfig(
+        tokens=token_layout(opened.codec.config),
+        backbone=opened.backbone.config,
+        superres=opened.superres.config,
+        codec=opened.codec.config,
+        **changes,
+    )
+
+
+def _write_all(
+    located: Located,
+    opened: Opened,
+    packing: Packing,
+    config: KhalaConfig,
+    tokens: Tokenizer,
+    folder: Path,
+    on_progress: Progress | None,
+) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    checksums: dict[str, str] = {}
+    for part in opened.parts:
+        parts[part.name], sums = write_part(part, packing, located, folder, on_progress)
+        checksums |= sums
+    config = dataclasses.replace(config, source=_source(located, opened, config, checksums, tokens))
+    tokens.copy_to(folder)
+    write_json(folder / "config.json", config.to_dict())
+    (folder / "README.md").write_text(card(config), encoding="utf-8")
+    packed = packing.quantization
+    return {
+        "layout": opened.layout,
+        "repo": located.repo,
+        "revision": located.revision,
+        "dtype": config.dtype,
+        "fc1_bias": config.fc1_bias,
+        "quantization": {**dataclasses.asdict(packed), "layers": len(config.quantization)}
+        if packed
+        else None,
+        "parts": parts,
+        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+        "unused": {part.name: list(part.unused) for part in opened.parts},
+        "ignored": {part.name: list(part.ignored) for part in opened.parts},
+        "source_files": checksums,
+        "tokenizer": {"origin": tokens.origin, "sha256": tokens.sha256},
+        "warnings": _notes(opened, config, packing, tokens),
+    }
+
+
+def _source(
+    located: Located,
+    opened: Opened,
+    config: KhalaConfig,
+    checksums: dict[str, str],
+    tokens: Tokenizer,
+) -> dict[str, Any]:
+    """Where the weights come from; a model folder's own record is kept."""
+    record: dict[str, Any] = {"layout": opened.layout}
+    if located.repo:
+        record |= {"repo": located.repo, "revision": located.revision}
+    record["files"] = checksums
+    if opened.config:
+        record = {
+            **config.source,
+            "converted_from": {
+                **record,
+                "dtype": opened.config.dtype,
+                "fc1_bias": opened.config.fc1_bias,
+            },
+        }
+    return record | {"tokenizer": {"origin": tokens.origin, "sha256": tokens.sha256}}
+
+
+def _notes(opened: Opened, config: KhalaConfig, packing: Packing, tokens: Tokenizer) -> list[str]:
+    notes = []
+    for part in opened.parts:
+        if part.unused:
+            told = f"{len(part.unused)} unknown tensors, left out: {listed(part.unused)}."
+            notes.append(f"The {part.name} holds {told}")
+    notes += dict.fromkeys(note for part in opened.parts for note in part.notes)
+    notes += tokens.notes
+    if packing.quantization and not config.quantization:
+        size = packing.quantization.group_size
+        notes.append(f"Nothing was quantised: no row divides into groups of {size}.")
+    if opened.config and opened.config.dtype != "float32" and config.dtype == "float32":
+        notes.append(f"The source is {opened.config.dtype}; float32 only makes it larger.")
+    return notes
+
+
+@contextmanager
+def _without_empty_parents(destination: Path) -> Iterator[None]:
+    """Remove parent folders that were made for a destination that never came."""
+    missing: list[Path] = []
+    try:
+        missing += [parent for parent in destination.parents if not parent.exists()]
+        yield
+    except BaseException as error:
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            # Such as a name too long even to look for.
+            raise ConvertError(f"{destination} cannot be written: {error.strerror}.") from error
+        raise

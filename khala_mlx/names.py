@@ -1,0 +1,31 @@
+"""How names that come from a file are shown in messages: printable, bounded, on one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+MOST_LISTED = 100
+
+
+def shown(name: object) -> str:
+    """One name, fit for a terminal: a hostile file may hold control characters or a megabyte."""
+    plain = (
+        name is None
+        or isinstance(name, (str, float))
+        or (isinstance(name, int) and abs(name) < 2**64)
+    )
+    text = str(name) if plain else type(name).__name__
+    text = text if len(text) <= 200 else text[:200] + "..."
+    return text if text.isprintable() else ascii(text)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` is a file's name that cannot lead out of its folder."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+def listed(names: Iterable[object]) -> str:
+    """Every name, sorted as given, separated by commas; the tail of a very long list is counted."""
+    every = [shown(name) for name in names]
+    more = len(every) - MOST_LISTED
+    return ", ".join(every[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
