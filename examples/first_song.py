@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from khala_mlx.convert import convert
 
 from khala_mlx import Khala
+from khala_mlx.convert import convert
 from khala_mlx.errors import KhalaWarning
 
 REFERENCE = Path(__file__).parents[1] / "tests" / "fixtures" / "setA.tar.xz"
