@@ -16,13 +16,15 @@ import soundfile
 
 from khala_mlx import Khala
 from khala_mlx.convert import convert
-from khala_mlx.errors import KhalaWarning
+from khala_mlx.errors import KhalaError, KhalaWarning
+from khala_mlx.song import check_free
 
 REFERENCE = Path(__file__).parents[1] / "tests" / "fixtures" / "setA.tar.xz"
 OUTPUT = Path("song.wav")
 
 
 def main() -> None:
+    check_free(OUTPUT)
     with tempfile.TemporaryDirectory() as work:
         model = Path(work) / "model"
         if len(sys.argv) > 1:
@@ -58,4 +60,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KhalaError as error:
+        sys.exit(f"Error: {error}")

@@ -167,7 +167,7 @@ def check_free(path: Path, *, overwrite: bool = False) -> None:
     """Refuse if the song, its sidecar or its take exists already."""
     taken = [p.name for p in (path, sidecar_path(path), take_path(path)) if p.exists()]
     if taken and not overwrite:
-        raise KhalaError(f"{', '.join(taken)} exists already; choose another --output.")
+        raise KhalaError(f"{', '.join(taken)} exists already; choose another name.")
 
 
 def warn_other_model(sidecar: Path, identity: str) -> None:
