@@ -31,7 +31,7 @@ from khala_mlx.weights import find_model, load_part
 Progress = Callable[[str, int, int], None]
 Loaded = TypeVar("Loaded", Backbone, SuperRes, Codec)
 
-# Songs run past the minutes asked for; upstream's progress bar allows for 0.8 more (khala.md 5).
+# Songs run past the minutes asked for; upstream's progress bar allows for 0.8 more.
 SPARE_MINUTES = 0.8
 # Peak below which a song is reported as silent: the step of a 16-bit file.
 SILENCE = 1 / 32768

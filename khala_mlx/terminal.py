@@ -126,7 +126,9 @@ class Progress:
             self._draw(done, total)
         elif (tenths := done * self._TENTHS // max(total, 1)) != self._tenths:
             self._tenths = tenths
-            click.echo(f"{stage}: {done}/{total}", err=True)
+            # Stages that count bytes: nobody reads nine digits.
+            scale, unit = (10**6, " MB") if total >= 10**6 else (1, "")
+            click.echo(f"{stage}: {done // scale}/{total // scale}{unit}", err=True)
 
     def _draw(self, done: int, total: int) -> None:
         width = 24

@@ -174,7 +174,7 @@ class Transformer(nn.Module):
     def embed(self, ids: mx.array) -> mx.array:
         """ids [...] -> embeddings [..., H] in float32; -1 is padding and embeds to zero.
 
-        A row of the SR input is the sum of its columns (khala.md section 4), so float32 keeps
+        A row of the SR input is the sum of its columns (docs/released-model.md), so float32 keeps
         63 additions exact enough when the weights are 16-bit.
         """
         known = (ids >= 0)[..., None]
