@@ -16,17 +16,20 @@ import numpy as np
 from khala_mlx import ops, tokens
 from khala_mlx.config import CodecConfig
 from khala_mlx.errors import AudioError, KhalaError
-from khala_mlx.ops import Span, Window, windows
+from khala_mlx.halo import (
+    DILATIONS,
+    KERNEL,
+    LATENT_KERNEL,
+    UNITS_HALO,
+    Window,
+    decoder_halo,
+    encoder_halo,
+    padding_of,
+    windows,
+)
 from khala_mlx.quantizer import Quantizer
 
 Progress = Callable[[int, int], None]
-
-# The DAC family fixes these; strides and widths are in the config.
-_DILATIONS = (1, 3, 9)
-_KERNEL = 7
-_LATENT_KERNEL = 3
-# Rows that the three units of a block see on either side of a row.
-_UNITS_HALO = (_KERNEL // 2 * sum(_DILATIONS),) * 2
 
 # Activations alive at once, in units of the largest (hop * width of the samples' end: rates are at
 # least two, so no inner one is larger), with room for MLX to run ahead.
@@ -49,7 +52,7 @@ class Conv(nn.Module):
         self.weight = mx.random.uniform(-bound, bound, (outputs, kernel, inputs))
         self.bias = mx.zeros((outputs,))
         self.stride, self.dilation = stride, dilation
-        self.padding = _padding(kernel, stride, dilation)
+        self.padding = padding_of(kernel, stride, dilation)
 
     def __call__(self, x: mx.array) -> mx.array:
         return ops.conv1d(
@@ -96,7 +99,7 @@ class ResidualUnit(nn.Module):
     def __init__(self, width: int, dilation: int) -> None:
         super().__init__()
         self.snake1 = Snake(width)
-        self.conv1 = Conv(width, width, _KERNEL, dilation=dilation)
+        self.conv1 = Conv(width, width, KERNEL, dilation=dilation)
         self.snake2 = Snake(width)
         self.conv2 = Conv(width, width, 1)
 
@@ -115,12 +118,12 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
-        self.units = [ResidualUnit(width, dilation) for dilation in _DILATIONS]
+        self.units = [ResidualUnit(width, dilation) for dilation in DILATIONS]
         self.snake = Snake(width)
         self.down = Conv(width, 2 * width, 2 * stride, stride=stride)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = ops.in_tiles(lambda rows: self.snake(_apply(self.units, rows)), x, _UNITS_HALO)
+        x = ops.in_tiles(lambda rows: self.snake(_apply(self.units, rows)), x, UNITS_HALO)
         return self.down(x)
 
 
@@ -131,11 +134,11 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.snake = Snake(2 * width)
         self.up = Upsample(2 * width, width, rate)
-        self.units = [ResidualUnit(width, dilation) for dilation in _DILATIONS]
+        self.units = [ResidualUnit(width, dilation) for dilation in DILATIONS]
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.up(self.snake(x))
-        return ops.in_tiles(lambda rows: _apply(self.units, rows), x, _UNITS_HALO)
+        return ops.in_tiles(lambda rows: _apply(self.units, rows), x, UNITS_HALO)
 
 
 class Encoder(nn.Module):
@@ -144,13 +147,13 @@ class Encoder(nn.Module):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         widths = _encoder_widths(config)
-        self.conv_in = Conv(config.channels, widths[0], _KERNEL)
+        self.conv_in = Conv(config.channels, widths[0], KERNEL)
         self.blocks = [
             EncoderBlock(width, stride)
             for width, stride in zip(widths, config.encoder_strides, strict=False)
         ]
         self.snake = Snake(widths[-1])
-        self.conv_out = Conv(widths[-1], config.latent_dim, _LATENT_KERNEL)
+        self.conv_out = Conv(widths[-1], config.latent_dim, LATENT_KERNEL)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.conv_in(x.astype(self.conv_in.weight.dtype))
@@ -165,19 +168,19 @@ class Decoder(nn.Module):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         widths = _decoder_widths(config)
-        self.conv_in = Conv(config.latent_dim, widths[0], _KERNEL)
+        self.conv_in = Conv(config.latent_dim, widths[0], KERNEL)
         self.blocks = [
             DecoderBlock(width, rate)
             for width, rate in zip(widths[1:], config.decoder_rates, strict=True)
         ]
         self.snake = Snake(widths[-1])
-        self.conv_out = Conv(widths[-1], config.channels, _KERNEL)
+        self.conv_out = Conv(widths[-1], config.channels, KERNEL)
 
     def __call__(self, z: mx.array) -> mx.array:
         x = self.conv_in(z.astype(self.conv_in.weight.dtype))
         for block in self.blocks:
             x = block(x)
-        halo = (_KERNEL // 2, _KERNEL // 2)
+        halo = (KERNEL // 2, KERNEL // 2)
         return ops.in_tiles(lambda rows: self.conv_out(self.snake(rows)), x, halo)
 
 
@@ -317,44 +320,6 @@ class Codec(nn.Module):
         # On the CPU: some GPUs multiply float32 with 10-bit mantissas, and near codes would swap.
         with mx.stream(mx.cpu):
             return np.array(self.quantizer.encode(latents))
-
-
-def decoder_halo(config: CodecConfig) -> Span:
-    """How many frames before and after a frame its samples depend on."""
-    span = _read_by_conv((0, config.hop - 1), _KERNEL)
-    for rate in reversed(config.decoder_rates):
-        span = _read_by_upsample(_read_by_units(span), rate)
-    first, last = _read_by_conv(span, _KERNEL)
-    return -first, last
-
-
-def encoder_halo(config: CodecConfig) -> Span:
-    """How many frames before and after a frame its latent depends on."""
-    span = _read_by_conv((0, 0), _LATENT_KERNEL)
-    for stride in reversed(config.encoder_strides):
-        span = _read_by_units(_read_by_conv(span, 2 * stride, stride))
-    first, last = _read_by_conv(span, _KERNEL)
-    return -(first // config.hop), last // config.hop
-
-
-def _padding(kernel: int, stride: int, dilation: int = 1) -> int:
-    return (stride + 1) // 2 if stride > 1 else dilation * (kernel - 1) // 2
-
-
-def _read_by_conv(span: Span, kernel: int, stride: int = 1) -> Span:
-    # First and last input that the outputs first..last of a conv are made from.
-    first, last = (end * stride - _padding(kernel, stride) for end in span)
-    return first, last + kernel - 1
-
-
-def _read_by_units(span: Span) -> Span:
-    return span[0] - _UNITS_HALO[0], span[1] + _UNITS_HALO[1]
-
-
-def _read_by_upsample(span: Span, rate: int) -> Span:
-    # Output n is made from inputs (n + padding - tap) / rate, for the taps 0..2 * rate - 1.
-    first, last = (end + _padding(2 * rate, rate) for end in span)
-    return -((2 * rate - 1 - first) // rate), last // rate
 
 
 def _chunk(asked: int | None, needs: Callable[[int], int]) -> int:

@@ -7,14 +7,14 @@ differentiable. This file knows nothing of the codec.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Literal
 
 import mlx.core as mx
 
+from khala_mlx.halo import Span, windows
+
 Form = Literal["cpu", "gpu"]
-Span = tuple[int, int]
 
 # Keeps snake finite for alpha = 0; the value is upstream's.
 _SNAKE_EPS = 1e-9
@@ -106,35 +106,6 @@ def snake(x: mx.array, alpha: mx.array, *, form: Form | None = None) -> mx.array
     if (form or device_form()) == "cpu":
         return _snake_by_polynomial(x, alpha)
     return _snake_fused(x, alpha)
-
-
-@dataclass(frozen=True)
-class Window:
-    """Rows first..last are wanted; rows start..stop have to be there to make them."""
-
-    first: int
-    last: int
-    start: int
-    stop: int
-
-    def inside(self, scale: int = 1) -> Span:
-        """Where the wanted rows lie in the window, once each row has become `scale` rows."""
-        return (self.first - self.start) * scale, (self.last - self.start) * scale
-
-
-def windows(total: int, chunk: int, halo: Span) -> Iterator[Window]:
-    """Cut `total` rows in even pieces of at most `chunk`, each with `halo` rows before and after.
-
-    All windows have one size, so that buffers can be used again: one that would cross an end of
-    the rows moves inwards. The ends of a window are then either the true ends, where zeros are
-    right, or at least `halo` away from what is wanted.
-    """
-    before, after = halo
-    even = -(-total // -(-total // chunk))
-    size = min(before + even + after, total)
-    for first in range(0, total, even):
-        start = min(max(first - before, 0), total - size)
-        yield Window(first, min(first + even, total), start, start + size)
 
 
 def in_tiles(

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 RANKS = [
     {"errors", "names"},
     {"config", "files", "hub"},
+    {"halo"},
     {"tokens", "sampling", "ops", "audio", "cleaning"},
     {"transformer", "quantizer", "tokenizer"},
     {"backbone", "superres", "codec", "prompt", "weights"},

@@ -15,9 +15,10 @@ from upstream_codec import load_codec
 
 from khala_mlx import codec as codec_module
 from khala_mlx import ops
-from khala_mlx.codec import Codec, decoder_halo, encoder_halo
+from khala_mlx.codec import Codec
 from khala_mlx.config import CodecConfig
 from khala_mlx.errors import AudioError, KhalaError
+from khala_mlx.halo import decoder_halo, encoder_halo
 
 Golden = dict[str, np.ndarray]
 CHUNKED = ("T3_c5_o2", "T4_c5_o2", "T5_c5_o2", "T6_c5_o2", "T7_c5_o2", "T11_c5_o2", "T7_c5_o0",

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from khala_mlx import ops
+from khala_mlx.halo import windows
 from khala_mlx.ops import Form
 
 FORMS: list[Form] = ["cpu", "gpu"]
@@ -168,7 +169,7 @@ def test_snake_can_be_trained(form: Form) -> None:
 
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 9), st.integers(0, 9))
 def test_windows_cover_all_rows_once(total: int, chunk: int, before: int, after: int) -> None:
-    cut = list(ops.windows(total, chunk, (before, after)))
+    cut = list(windows(total, chunk, (before, after)))
     assert [row for w in cut for row in range(w.first, w.last)] == list(range(total))
     assert len({w.stop - w.start for w in cut}) == 1
     assert len(cut) <= -(-total // chunk)
