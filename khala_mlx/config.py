@@ -167,6 +167,7 @@ class BackboneConfig(TransformerConfig):
 
     @classmethod
     def tiny(cls) -> BackboneConfig:
+        """Two narrow layers over the tiny token layout."""
         vocab = TokenLayout.tiny().backbone_vocab
         return cls(vocab_size=vocab, context=512, max_prompt=256, **_TINY_BODY)
 
@@ -181,6 +182,7 @@ class SuperResConfig(TransformerConfig):
 
     @classmethod
     def tiny(cls) -> SuperResConfig:
+        """Two narrow layers over the tiny token layout."""
         vocab = TokenLayout.tiny().superres_vocab
         return cls(vocab_size=vocab, context=384, max_prompt=192, **_TINY_BODY)
 
@@ -235,6 +237,7 @@ class CodecConfig(Strict):
 
     @classmethod
     def tiny(cls) -> CodecConfig:
+        """Hop 128, 8 codebooks of 16 x 6."""
         layout = TokenLayout.tiny()
         return cls(
             encoder_dim=4,
@@ -303,6 +306,7 @@ class KhalaConfig(Strict):
 
     @classmethod
     def tiny(cls) -> KhalaConfig:
+        """All three parts tiny, in float32: a whole song in well under a second."""
         return cls(
             tokens=TokenLayout.tiny(),
             backbone=BackboneConfig.tiny(),

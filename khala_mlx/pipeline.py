@@ -84,14 +84,17 @@ class Khala:
 
     @property
     def backbone(self) -> Backbone:
+        """The backbone, loaded when first asked for."""
         return self._part("backbone", lambda c: Backbone(c.backbone, c.tokens))
 
     @property
     def superres(self) -> SuperRes:
+        """The superres, loaded when first asked for."""
         return self._part("superres", lambda c: SuperRes(c.superres, c.tokens))
 
     @property
     def codec(self) -> Codec:
+        """The codec, loaded when first asked for."""
         return self._part("codec", lambda c: Codec(c.codec))
 
     def release(self, part: str) -> None:

@@ -40,7 +40,12 @@ _preload_fast_blas()
 
 @pytest.fixture(scope="session")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reference set made by upstream's own code (tests/fixtures/README.md says how)."""
+    """A reference set made by upstream's own code (tests/fixtures/README.md says how).
+
+    KHALA_ORACLE names another one, of other sizes and seeds.
+    """
+    if given := os.environ.get("KHALA_ORACLE"):
+        return Path(given)
     folder = tmp_path_factory.mktemp("oracle")
     with tarfile.open(FIXTURES / "setA.tar.xz") as archive:
         archive.extractall(folder, filter="data")
