@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Literal
 
 import mlx.core as mx
@@ -29,6 +30,9 @@ _SIN_SQUARED = (
     13.037110328674316,
     -3.336209297180176,
 )
+
+# sin(2 pi f) = f (d0 + d1 f^2 + ...), the derivative of the above over pi.
+_SIN_OF_DOUBLE = tuple((2 * n + 2) * c / math.pi for n, c in enumerate(_SIN_SQUARED))
 
 # Elements of a tile. On the CPU larger arrays leave the caches, and malloc takes fresh pages for
 # each; far smaller ones drown in calls; 2**20 to 2**22 measure alike. On the GPU the tile only has
@@ -149,21 +153,55 @@ def _conv1d_as_matmuls(
 ) -> mx.array:
     # MLX's CPU conv unfolds the input, or, dilated, runs scalar loops 100 times slower. Only its
     # float32 matmul is fast.
-    dtype = x.dtype
-    x, weight = x.astype(mx.float32), weight.astype(mx.float32)
+    bias = mx.zeros((weight.shape[0],)) if bias is None else bias
+    arrays = (array.astype(mx.float32) for array in (x, weight, bias))
+    return _with_gradient(padding, dilation)(*arrays).astype(x.dtype)
+
+
+@lru_cache
+def _with_gradient(padding: int, dilation: int) -> Callable[..., mx.array]:
+    """The conv with gradients that are convs themselves; MLX's own pad and add for each tap."""
+
+    @mx.custom_function
+    def conv(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+        return _taps(x, weight, bias, padding, dilation)
+
+    @conv.vjp
+    def gradients(
+        primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
+    ) -> tuple[mx.array, ...]:
+        x, weight, _bias = primals
+        reach = dilation * (weight.shape[1] - 1)
+        # Padding beyond the kernel's reach sees only zeros: those rows have no gradient in x.
+        beyond = max(0, padding - reach)
+        seen = cotangent[:, beyond : cotangent.shape[1] - beyond]
+        flipped = weight[:, ::-1].transpose(2, 1, 0)
+        to_x = _taps(seen, flipped, mx.zeros((x.shape[2],)), max(0, reach - padding), dilation)
+        parts = _shifted(x, weight.shape[1], padding, dilation)
+        turned = cotangent.swapaxes(1, 2)
+        to_weight = mx.stack([(turned @ part).sum(0) for part in parts], axis=1)
+        return to_x, to_weight, cotangent.sum((0, 1))
+
+    return conv
+
+
+def _shifted(x: mx.array, taps: int, padding: int, dilation: int) -> list[mx.array]:
     if padding:
         x = mx.pad(x, [(0, 0), (padding, padding), (0, 0)])
-    out, taps, width = weight.shape
     rows = x.shape[1] - dilation * (taps - 1)
-    shifted = [x[:, tap * dilation : tap * dilation + rows] for tap in range(taps)]
-    if taps * width <= out or x.shape[0] * rows <= out:
+    return [x[:, tap * dilation : tap * dilation + rows] for tap in range(taps)]
+
+
+def _taps(x: mx.array, weight: mx.array, bias: mx.array, padding: int, dilation: int) -> mx.array:
+    out, taps, width = weight.shape
+    shifted = _shifted(x, taps, padding, dilation)
+    if taps * width <= out or x.shape[0] * shifted[0].shape[1] <= out:
         # Here the unfolded input is no larger than the output or the weight: one matmul.
-        y = mx.concatenate(shifted, axis=-1) @ weight.reshape(out, -1).T
-        return (y if bias is None else y + bias).astype(dtype)
-    y = mx.zeros((out,)) if bias is None else bias.astype(mx.float32)
+        return mx.addmm(bias, mx.concatenate(shifted, axis=-1), weight.reshape(out, -1).T)
+    y = bias
     for tap, part in enumerate(shifted):
         y = mx.addmm(y, part, weight[:, tap].T)
-    return y.astype(dtype)
+    return y
 
 
 def _snake_plain(x: mx.array, alpha: mx.array) -> mx.array:
@@ -174,12 +212,40 @@ def _snake_plain(x: mx.array, alpha: mx.array) -> mx.array:
 _snake_fused = mx.compile(_snake_plain, shapeless=True)
 
 
+@mx.custom_function
 def _snake_by_polynomial(x: mx.array, alpha: mx.array) -> mx.array:
-    # MLX's CPU sine is scalar: it would take longer than all matmuls. sin^2 has the period pi.
+    # MLX's CPU sine is scalar: it would take longer than all matmuls.
     wide, alpha = x.astype(mx.float32), alpha.astype(mx.float32)
-    turns = wide * (alpha / math.pi)
-    square = mx.square(turns - mx.round(turns))
-    value = square * _SIN_SQUARED[-1] + _SIN_SQUARED[-2]
-    for coefficient in _SIN_SQUARED[-3::-1]:
-        value = value * square + coefficient
+    square = mx.square(_turns(wide, alpha))
+    value = _polynomial(_SIN_SQUARED, square)
     return (wide + value * square * (1 / (alpha + _SNAKE_EPS))).astype(x.dtype)
+
+
+@_snake_by_polynomial.vjp
+def _snake_gradients(
+    primals: tuple[mx.array, ...], cotangent: mx.array, output: mx.array
+) -> tuple[mx.array, mx.array]:
+    x, alpha = primals
+    wide, slope = x.astype(mx.float32), cotangent.astype(mx.float32)
+    inverse = 1 / (alpha.astype(mx.float32) + _SNAKE_EPS)
+    turns = _turns(wide, alpha.astype(mx.float32))
+    # slope * sin(2 alpha x): the derivative of the polynomial for sin^2 is one for sin.
+    turned = slope * turns * _polynomial(_SIN_OF_DOUBLE, mx.square(turns))
+    to_x = slope + turned * (alpha * inverse)
+    axes = tuple(range(x.ndim - 1))
+    added = slope * (output.astype(mx.float32) - wide)
+    to_alpha = ((turned * wide).sum(axes) - added.sum(axes)) * inverse
+    return to_x.astype(x.dtype), to_alpha.astype(alpha.dtype)
+
+
+def _turns(x: mx.array, alpha: mx.array) -> mx.array:
+    # alpha x / pi to the nearest whole: sin^2 has the period pi.
+    turns = x * (alpha / math.pi)
+    return turns - mx.round(turns)
+
+
+def _polynomial(coefficients: tuple[float, ...], x: mx.array) -> mx.array:
+    value = x * coefficients[-1] + coefficients[-2]
+    for coefficient in coefficients[-3::-1]:
+        value = value * x + coefficient
+    return value
