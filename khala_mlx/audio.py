@@ -106,8 +106,12 @@ def write_audio(
             raise AudioError(f"{path} cannot be written: {_reason(error)}.") from error
 
 
-def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
+def read_audio(
+    path: Path, sample_rate: int, channels: int, *, start: int = 0, samples: int = -1
+) -> np.ndarray:
     """Read a sound file as float32 samples [L, channels]; mono is copied to every channel.
+
+    From sample `start` on, at most `samples` of them; -1 is all.
 
     Raises:
         AudioError: if it cannot be read, has another sample rate or other channels, is empty, or
@@ -118,7 +122,8 @@ def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
     try:
         with soundfile.SoundFile(path) as file:
             _check_format(path, file, sample_rate, channels)
-            waveform = file.read(dtype="float32", always_2d=True)
+            file.seek(start)
+            waveform = file.read(samples, dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
         raise AudioError(f"{path} cannot be read as sound: {_reason(error)}.") from error
     except OSError as error:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from khala_mlx.terminal import Progress, command, line_of
+from khala_mlx.terminal import Progress, command, report
+from khala_mlx.train.commands import train
 
 LICENCE_NOTE = (
     "The released Khala weights are under CC BY-NC 4.0: no commercial use; name their authors."
@@ -45,6 +44,9 @@ def main() -> None:
     khala convert CHECKPOINTS khala-model     turn the released weights into a model folder
     khala generate -m khala-model --tags "slow rock" --lyrics-file words.txt
     """
+
+
+main.add_command(train)
 
 
 @main.command()
@@ -107,12 +109,12 @@ def generate(**options: Any) -> None:
     if options["like"]:
         warn_other_model(options["like"], khala.identity)
     if options["dry_run"]:
-        _report(khala.plan(request), options["as_json"])
+        report(khala.plan(request), options["as_json"])
         return
     song = khala.fulfil(request, Progress())
     song.save(output, normalize=options["normalize"], bit_depth=options["bit_depth"])
     taken = sum(song.metadata["timings"].values())
-    _report(
+    report(
         {
             "file": str(output),
             "seconds": round(song.duration, 2),
@@ -174,7 +176,7 @@ def convert(
     from khala_mlx.convert import convert as run
 
     click.echo(LICENCE_NOTE, err=True)
-    report = run(
+    told = run(
         source,
         destination,
         dtype=dtype,
@@ -184,7 +186,7 @@ def convert(
         fc1_bias=fc1_bias,
         on_progress=Progress(),
     )
-    _report(report if as_json else _summary(report), as_json)
+    report(told if as_json else _summary(told), as_json)
 
 
 @main.command()
@@ -204,7 +206,7 @@ def encode(sound: Path, codes: Path, model: str, as_json: bool) -> None:
     waveform = read_audio(sound, config.sample_rate, config.channels)
     encoded = khala.codec.encode(waveform, on_progress=_stage("encode"))
     save_codes(codes, encoded)
-    _report(
+    report(
         {
             "file": str(codes),
             "layers": encoded.shape[0],
@@ -239,7 +241,7 @@ def decode(
     waveform, levels = fit_scale(waveform, normalize=normalize)
     rate = khala.config.codec.sample_rate
     write_audio(sound, waveform, rate, bit_depth=bit_depth)
-    _report({"file": str(sound), "seconds": round(len(waveform) / rate, 3), **levels}, as_json)
+    report({"file": str(sound), "seconds": round(len(waveform) / rate, 3), **levels}, as_json)
 
 
 @main.command()
@@ -250,7 +252,7 @@ def info(path: Path, as_json: bool) -> None:
     """Tell what a song, a codes file or a model folder holds."""
     from khala_mlx.info import describe
 
-    _report(describe(path), as_json)
+    report(describe(path), as_json)
 
 
 @main.command()
@@ -263,19 +265,19 @@ def play(path: Path) -> None:
     play_file(path)
 
 
-def _summary(report: dict[str, Any]) -> dict[str, Any]:
+def _summary(told: dict[str, Any]) -> dict[str, Any]:
     """The lines of a conversion; the rest of the report is for --json."""
-    packed = report["quantization"]
+    packed = told["quantization"]
     lines = {
-        "folder": report["destination"],
-        "size": f"{report['bytes'] / 1e9:.2f} GB",
-        "layout": report["layout"],
-        "dtype": report["dtype"] if not packed else f"{report['dtype']}, {packed['bits']} bit",
-        "fc1_bias": report["fc1_bias"],
+        "folder": told["destination"],
+        "size": f"{told['bytes'] / 1e9:.2f} GB",
+        "layout": told["layout"],
+        "dtype": told["dtype"] if not packed else f"{told['dtype']}, {packed['bits']} bit",
+        "fc1_bias": told["fc1_bias"],
     }
-    for name, part in report["parts"].items():
+    for name, part in told["parts"].items():
         lines[name] = f"{part['tensors']} tensors, {part['parameters'] / 1e6:.1f} M parameters"
-    for name, unused in report["unused"].items():
+    for name, unused in told["unused"].items():
         if unused:
             lines[f"unused in {name}"] = len(unused)
     return lines
@@ -336,8 +338,3 @@ def _free_name() -> Path:
 def _stage(name: str) -> Any:
     progress = Progress()
     return lambda done, total: progress(name, done, total)
-
-
-def _report(data: dict[str, Any], as_json: bool) -> None:
-    click.echo(json.dumps(data, ensure_ascii=False) if as_json else line_of(data))
-    sys.stdout.flush()

@@ -360,7 +360,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             return None
         return _value(next(arg for arg in args if arg is not types.NoneType), value, where)
     if origin is tuple:
-        if not isinstance(value, list):
+        if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where} has to be a list.")
         return tuple(_value(args[0], item, where) for item in value)
     if origin is Mapping:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -107,9 +107,9 @@ def conv_transpose1d(
 
 def snake(x: mx.array, alpha: mx.array, *, form: Form | None = None) -> mx.array:
     """x + sin(alpha x)^2 / (alpha + 1e-9) for x [B, L, C], alpha [C]; in float32, returned as x."""
-    if (form or device_form()) == "cpu":
-        return _snake_by_polynomial(x, alpha)
-    return _snake_fused(x, alpha)
+    function: Any = _snake_by_polynomial if (form or device_form()) == "cpu" else _snake_fused
+    result: mx.array = function(x, alpha)
+    return result
 
 
 def in_tiles(
@@ -155,11 +155,12 @@ def _conv1d_as_matmuls(
     # float32 matmul is fast.
     bias = mx.zeros((weight.shape[0],)) if bias is None else bias
     arrays = (array.astype(mx.float32) for array in (x, weight, bias))
-    return _with_gradient(padding, dilation)(*arrays).astype(x.dtype)
+    result: mx.array = _with_gradient(padding, dilation)(*arrays)
+    return result.astype(x.dtype)
 
 
 @lru_cache
-def _with_gradient(padding: int, dilation: int) -> Callable[..., mx.array]:
+def _with_gradient(padding: int, dilation: int) -> Callable[..., Any]:
     """The conv with gradients that are convs themselves; MLX's own pad and add for each tap."""
 
     @mx.custom_function

@@ -121,7 +121,7 @@ def prompt_texts(config: KhalaConfig, prompt: Prompt) -> tuple[str, str]:
 
     Not to be tokenised: a control token's name typed by the user looks like the token here.
     """
-    return build_texts(_cleaned(prompt), config.tokens)
+    return build_texts(cleaned(prompt), config.tokens)
 
 
 def prompt_ids(
@@ -135,7 +135,7 @@ def prompt_ids(
     Raises:
         PromptError: if a value cannot be part of a prompt, or a prompt exceeds its limit.
     """
-    prompt = _cleaned(prompt)
+    prompt = cleaned(prompt)
     _warn_unused(prompt)
     backbone, superres = build_ids(prompt, config.tokens, tokenizer)
     limits = config.backbone.max_prompt, config.superres.max_prompt
@@ -177,7 +177,8 @@ def _ids(parts: list[Part], tokenizer: Tokenizer) -> np.ndarray:
     return np.array(ids, dtype=np.int64)
 
 
-def _cleaned(prompt: Prompt) -> Prompt:
+def cleaned(prompt: Prompt) -> Prompt:
+    """The prompt as the models read it: lyrics cleaned, control characters refused."""
     # Control characters are looked for after the cleaning, which repairs some wrong decodings.
     prompt = replace(prompt, lyrics=clean_lyrics(prompt.lyrics))
     for name in ("tags", "description", "genre", "lyrics", "language"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import signal
 import sys
@@ -152,7 +153,11 @@ def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def line_of(data: dict[str, Any]) -> str:
-    """Aligned `name  value` lines of a flat report."""
-    width = max(len(name) for name in data)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in data.items())
+def report(data: dict[str, Any], as_json: bool) -> None:
+    """Print a result: aligned `name  value` lines, or one JSON object."""
+    if as_json:
+        click.echo(json.dumps(data, ensure_ascii=False))
+    else:
+        width = max(len(name) for name in data)
+        click.echo("\n".join(f"{name:<{width}}  {value}" for name, value in data.items()))
+    sys.stdout.flush()

@@ -118,6 +118,11 @@ def load_part(
             raise WeightsError(
                 f"{folder}/config.json asks for a quantisation that fails: {error}"
             ) from error
+    return fill_part(model, folder, part, dtype)
+
+
+def fill_part(model: Part, folder: Path, part: str, dtype: mx.Dtype | None = None) -> Part:
+    """Fill a model that has its final form with the tensors of `part`; see `load_part`."""
     tensors = read_tensors(part_files(folder, part))
     expected = dict(tree_flatten(model.parameters()))
     if problems := _differences(expected, tensors):

@@ -48,8 +48,18 @@ def test_every_module_has_a_rank() -> None:
 def test_imports_point_down(name: str, path: Path) -> None:
     rank = next(i for i, names in enumerate(RANKS) if name in names)
     lower = set().union(*RANKS[:rank])
-    found = imported(path) - {"convert"} if name == "cli" else imported(path)
+    packages = {"convert", "train.commands"} if name == "cli" else set()
+    found = imported(path) - packages
     assert found <= lower, f"{name} imports {found - lower}"
+
+
+@pytest.mark.parametrize("path", [*(ROOT / "khala_mlx/train").glob("*.py")], ids=lambda p: p.stem)
+def test_training_stands_on_the_stages(path: Path) -> None:
+    found = {name.split(".")[0] for name in imported(path)} - {"train"}
+    above = {"pipeline", "info", "cli", "convert"}
+    if path.stem != "commands":
+        above.add("terminal")
+    assert not found & above
 
 
 @pytest.mark.parametrize("path", [*(ROOT / "convert").glob("*.py")], ids=lambda p: p.stem)

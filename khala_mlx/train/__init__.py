@@ -1,0 +1,1 @@
+"""Training: the codec, the backbone and superres, as the paper describes it."""

@@ -1,0 +1,101 @@
+"""Training of the backbone: next-token prediction on prompt and coarse codes, loss on the codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from khala_mlx.backbone import Backbone
+from khala_mlx.config import TokenLayout
+from khala_mlx.tokenizer import Tokenizer
+from khala_mlx.train.data import SPLITS, read_coded
+from khala_mlx.train.loop import Run, save_part
+from khala_mlx.train.sequences import Example, examples_of, padded
+from khala_mlx.train.settings import BackboneTraining
+from khala_mlx.transformer import Transformer
+
+
+def audio_loss(model: Transformer, layout: TokenLayout, rows: mx.array) -> mx.array:
+    """Mean nats per audio token of rows [B, S], the end of the song included.
+
+    Prompt and padding (-1) are no targets. Attention is causal, so what stands behind a row's end
+    changes nothing before it.
+    """
+    inputs, targets = rows[:, :-1], rows[:, 1:]
+    hidden = model.body(model.embed(inputs).astype(model.dtype), causal=True)
+    logits = model.lm_head(hidden)
+    counted = (targets >= layout.audio_start) | (targets == layout.end_of_song)
+    losses = nn.losses.cross_entropy(logits.astype(mx.float32), mx.maximum(targets, 0))
+    return (losses * counted).sum() / mx.maximum(counted.sum(), 1)
+
+
+class BackboneTask:
+    """Batches of whole songs (see loop.Task)."""
+
+    def __init__(
+        self, settings: BackboneTraining, train: list[Example], valid: list[Example]
+    ) -> None:
+        self.settings, self.layout = settings, settings.tokens
+        self.train, self.valid = train, valid
+        mx.random.seed(settings.schedule.seed)
+        self.model = Backbone(settings.backbone, settings.tokens)
+        mx.eval(self.model.parameters())
+        self.state: dict[str, mx.array] = {}
+
+    def batch(self, rng: np.random.Generator, step: int) -> mx.array:
+        count = min(self.settings.schedule.batch_size, len(self.train))
+        chosen = rng.choice(len(self.train), count, replace=False)
+        return self._rows([self.train[index] for index in chosen])
+
+    def loss(self, batch: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
+        return audio_loss(self.model, self.layout, batch), {}
+
+    def after(self, parts: dict[str, mx.array], rng: np.random.Generator, step: int) -> None:
+        """Nothing is learnt without gradients."""
+
+    def validate(self) -> dict[str, float]:
+        """Nats per audio token on the held-out songs, each batch as long as it has to be."""
+        size, total = self.settings.schedule.batch_size, 0.0
+        for start in range(0, len(self.valid), size):
+            rows = self._rows(self.valid[start : start + size])
+            total += float(audio_loss(self.model, self.layout, rows)) * rows.shape[0]
+        return {"loss": total / len(self.valid)}
+
+    def _rows(self, examples: list[Example]) -> mx.array:
+        return mx.array(padded([each.coarse_sequence(self.layout) for each in examples]))
+
+
+def train_backbone(
+    settings: BackboneTraining,
+    data: Path,
+    folder: Path,
+    *,
+    resume: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Train on a prepared folder (data.read_coded) that also holds tokenizer.json.
+
+    Writes backbone.safetensors and config.json into `folder` when done, beside checkpoint,
+    log.jsonl and loss.png. Returns the last validation.
+    """
+    tokenizer = Tokenizer.from_file(data / "tokenizer.json")
+    tokenizer.check(settings.tokens)
+    layout = settings.tokens
+
+    def room(backbone: int, _: int) -> int:
+        # One token is kept for the end of the song.
+        return (settings.backbone.context - backbone - 1) // layout.num_coarse
+
+    train, valid = (
+        examples_of(read_coded(data, split), layout, tokenizer, room) for split in SPLITS
+    )
+    task: Any = BackboneTask(settings, train, valid)
+    run = Run(task, settings.schedule, settings.to_dict(), folder)
+    figures = run.train(resume=resume, on_progress=on_progress)
+    save_part(folder, "backbone", task.model, settings.backbone)
+    return figures

@@ -1,0 +1,66 @@
+"""Everything a run needs to go on as if it had never stopped, in one file written atomically."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from khala_mlx.errors import WeightsError
+from khala_mlx.files import appears_whole
+
+FILE = "checkpoint.safetensors"
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    state: dict[str, mx.array],
+    settings: dict[str, Any],
+) -> None:
+    """Write weights, optimiser and `state` as they are after `step` steps."""
+    arrays = {
+        **{f"model.{name}": array for name, array in tree_flatten(model.parameters())},
+        **{f"optimizer.{name}": array for name, array in tree_flatten(optimizer.state)},
+        **{f"state.{name}": array for name, array in state.items()},
+    }
+    about = {"step": str(step), "settings": json.dumps(settings, sort_keys=True)}
+    with appears_whole(folder / FILE, overwrite=True) as temporary:
+        mx.save_safetensors(str(temporary), arrays, about)
+
+
+def load(
+    folder: Path, model: nn.Module, optimizer: optim.Optimizer, settings: dict[str, Any]
+) -> tuple[int, dict[str, mx.array]]:
+    """Fill model and optimiser from a checkpoint; returns its step and state.
+
+    Raises:
+        WeightsError: if there is none, it is damaged, or belongs to other settings.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise WeightsError(f"{folder} has no checkpoint to resume from.")
+    try:
+        loaded: Any = mx.load(str(path), return_metadata=True)
+        arrays, about = loaded
+        # A copy in memory: mx.load is lazy, and this very file is written again later.
+        arrays = {name: mx.array(np.array(array)) for name, array in arrays.items()}
+    except (RuntimeError, ValueError) as error:
+        raise WeightsError(f"{path} is no whole checkpoint.") from error
+    if json.loads(about["settings"]) != json.loads(json.dumps(settings)):
+        raise WeightsError(f"{path} was made with other settings; resume with the same ones.")
+    parts: dict[str, dict[str, mx.array]] = {"model": {}, "optimizer": {}, "state": {}}
+    for name, array in arrays.items():
+        part, rest = name.split(".", 1)
+        parts[part][rest] = array
+    model.load_weights(list(parts["model"].items()), strict=True)
+    optimizer.state = tree_unflatten(list(parts["optimizer"].items()))
+    return int(about["step"]), parts["state"]

@@ -1,0 +1,107 @@
+"""The `khala train` commands; heavy imports wait inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from khala_mlx.terminal import Progress, command, report
+
+FOLDER = click.Path(path_type=Path)
+
+
+@click.group()
+def train() -> None:
+    """Train the three models, one after the other: codec, backbone, superres."""
+
+
+def _options(work: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+        click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUT."),
+        click.option("--config", type=FOLDER, help="Settings as JSON; the rest is default."),
+        click.option("--out", type=FOLDER, required=True, help="Folder of the run."),
+        click.option("--data", type=FOLDER, required=True, help="Folder with train and valid."),
+    ):
+        work = option(work)
+    return work
+
+
+@train.command()
+@_options
+@command
+def codec(**options: Any) -> None:
+    """Train the codec on the sound files below DATA/train and DATA/valid."""
+    from khala_mlx.train.codec import train_codec
+    from khala_mlx.train.settings import CodecTraining
+
+    _run(train_codec, CodecTraining, options)
+
+
+@train.command()
+@_options
+@command
+def backbone(**options: Any) -> None:
+    """Train the backbone on prepared songs and DATA/tokenizer.json."""
+    from khala_mlx.train.backbone import train_backbone
+    from khala_mlx.train.settings import BackboneTraining
+
+    _run(train_backbone, BackboneTraining, options)
+
+
+@train.command()
+@_options
+@command
+def superres(**options: Any) -> None:
+    """Train superres on prepared songs, started from a backbone (`backbone` in the settings)."""
+    from khala_mlx.train.settings import SuperResTraining
+    from khala_mlx.train.superres import train_superres
+
+    _run(train_superres, SuperResTraining, options)
+
+
+@train.command()
+@click.argument("songs", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option("--model", help="Model whose codec and tokenizer are used.")
+@click.option("--codec", "run", type=FOLDER, help="A codec run instead, with --tokenizer.")
+@click.option("--tokenizer", type=FOLDER, help="tokenizer.json that goes with --codec.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@command
+def prepare(
+    songs: Path, out: Path, model: str | None, run: Path | None, tokenizer: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Encode the songs in SONGS/train and SONGS/valid for `backbone` and `superres`.
+
+    Beside song.wav lie song.caption.txt (tags) and song.lyrics.txt; both may be missing.
+    """
+    from khala_mlx.train.data import SPLITS
+    from khala_mlx.train.prepare import prepare as encode
+    from khala_mlx.train.prepare import tools_of
+
+    if (model is None) == (run is None) or (run is None) != (tokenizer is None):
+        raise click.UsageError("Give either --model, or --codec with --tokenizer.")
+    codec = tools_of(out, model, run, tokenizer)
+    progress, counts = Progress(), {}
+    for split in SPLITS:
+        shown = partial(progress, split)
+        counts[split] = encode(songs / split, out, codec, split, on_progress=shown)
+    report({"folder": str(out), **counts}, as_json)
+
+
+def _run(work: Callable[..., dict[str, float]], settings: Any, options: dict[str, Any]) -> None:
+    progress = Progress()
+    figures = work(
+        settings.from_file(options["config"]),
+        options["data"],
+        options["out"],
+        resume=options["resume"],
+        on_progress=lambda done, total: progress("train", done, total),
+    )
+    rounded = {name: round(value, 4) for name, value in figures.items()}
+    report({"folder": str(options["out"]), **rounded}, options["as_json"])

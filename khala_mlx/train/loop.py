@@ -1,0 +1,155 @@
+"""The loop every training shares: schedule, clipping, guards, log, validation, checkpoints.
+
+Whatever a step draws follows from the seed and the step's number alone, so that a resumed run
+needs no generator's state and gives the same losses as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten
+
+from khala_mlx.config import Strict
+from khala_mlx.errors import KhalaError
+from khala_mlx.files import appears_whole
+from khala_mlx.train import checkpoint
+from khala_mlx.train.plot import plot_losses
+from khala_mlx.train.settings import Schedule
+
+LOG = "log.jsonl"
+
+
+class Task(Protocol):
+    """What differs between the trainings."""
+
+    model: nn.Module
+    state: dict[str, mx.array]
+
+    def batch(self, rng: np.random.Generator, step: int) -> Any:
+        """The data of a step, a pure function of the generator and the step."""
+
+    def loss(self, batch: Any) -> tuple[mx.array, dict[str, mx.array]]:
+        """The loss to descend; scalars to log beside it, and arrays that `after` needs."""
+
+    def after(self, parts: dict[str, mx.array], rng: np.random.Generator, step: int) -> None:
+        """Whatever is learnt without gradients, once the weights have moved."""
+
+    def validate(self) -> dict[str, float]:
+        """Figures on held-out data."""
+
+
+@dataclass
+class Run:
+    """A training in a folder."""
+
+    task: Task
+    schedule: Schedule
+    settings: dict[str, Any]
+    folder: Path
+
+    def train(
+        self, *, resume: bool = False, on_progress: Callable[[int, int], None] | None = None
+    ) -> dict[str, float]:
+        """Run all steps that are left; returns the last validation.
+
+        Raises:
+            KhalaError: if the folder holds a run already (and not `resume`), or a loss is not
+                finite; the last checkpoint is kept then.
+        """
+        optimizer = make_optimizer(self.schedule)
+        optimizer.init(self.task.model.trainable_parameters())
+        first = self._start(optimizer, resume)
+        value_and_grad = nn.value_and_grad(self.task.model, self.task.loss)
+        figures: dict[str, float] = {}
+        for step in range(first, self.schedule.steps):
+            began = time.perf_counter()
+            rng = np.random.default_rng([self.schedule.seed, step])
+            batch = self.task.batch(rng, step)
+            (loss, parts), gradients = value_and_grad(batch)
+            gradients, norm = optim.clip_grad_norm(gradients, self.schedule.clip_norm)
+            mx.eval(loss, parts, norm)
+            self._check_finite(step, loss.item(), norm.item())
+            optimizer.update(self.task.model, gradients)
+            mx.eval(self.task.model.parameters(), optimizer.state)
+            self.task.after(parts, rng, step)
+            entry = {"step": step + 1, "loss": loss.item(), "gradient_norm": norm.item()}
+            entry |= {name: value.item() for name, value in parts.items() if value.size == 1}
+            done = step + 1
+            if done % self.schedule.validate_every == 0 or done == self.schedule.steps:
+                figures = self.task.validate()
+                entry |= {f"valid_{name}": value for name, value in figures.items()}
+            entry["seconds"] = round(time.perf_counter() - began, 4)
+            self._log(entry)
+            if done % self.schedule.checkpoint_every == 0 or done == self.schedule.steps:
+                self._save(done, optimizer)
+            if on_progress is not None:
+                on_progress(done, self.schedule.steps)
+        plot_losses(self.folder / LOG, self.folder / "loss.png")
+        return figures
+
+    def _start(self, optimizer: optim.Optimizer, resume: bool) -> int:
+        log = self.folder / LOG
+        if not resume:
+            if log.exists() or (self.folder / checkpoint.FILE).exists():
+                raise KhalaError(f"{self.folder} holds a run already; go on with --resume.")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._save(0, optimizer)
+            return 0
+        step, self.task.state = checkpoint.load(
+            self.folder, self.task.model, optimizer, self.settings
+        )
+        # Lines behind the checkpoint belong to steps that will be made again.
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        kept = [line for line in lines[:step] if json.loads(line)["step"] <= step]
+        log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        return step
+
+    def _save(self, step: int, optimizer: optim.Optimizer) -> None:
+        model, state = self.task.model, self.task.state
+        checkpoint.save(self.folder, step, model, optimizer, state, self.settings)
+
+    def _log(self, entry: dict[str, float]) -> None:
+        with (self.folder / LOG).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(entry) + "\n")
+
+    def _check_finite(self, step: int, loss: float, norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise KhalaError(
+                f"Step {step + 1} gave a loss of {loss} with a gradient of {norm}; lower the "
+                "learning rate and go on from the last checkpoint with --resume."
+            )
+
+
+def make_optimizer(schedule: Schedule) -> optim.Optimizer:
+    """AdamW with linear warm-up and cosine decay."""
+    decay = optim.cosine_decay(
+        schedule.learning_rate,
+        max(1, schedule.steps - schedule.warmup),
+        schedule.learning_rate * schedule.final_fraction,
+    )
+    rate: Any = decay
+    if schedule.warmup:
+        warmup = optim.linear_schedule(0.0, schedule.learning_rate, schedule.warmup)
+        rate = optim.join_schedules([warmup, decay], [schedule.warmup])
+    return optim.AdamW(
+        rate, betas=list(schedule.betas), weight_decay=schedule.weight_decay, bias_correction=True
+    )
+
+
+def save_part(folder: Path, part: str, model: nn.Module, config: Strict) -> None:
+    """Write the trained weights as `part`.safetensors, and their sizes as config.json."""
+    with appears_whole(folder / f"{part}.safetensors", overwrite=True) as temporary:
+        mx.save_safetensors(str(temporary), dict(tree_flatten(model.parameters())))
+    with appears_whole(folder / "config.json", overwrite=True) as temporary:
+        temporary.write_text(json.dumps({part: config.to_dict()}, indent=2) + "\n")

@@ -1,0 +1,126 @@
+"""What a training run is told, as strict dataclasses that a JSON file can fill."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from khala_mlx.config import BackboneConfig, CodecConfig, Strict, SuperResConfig, TokenLayout
+from khala_mlx.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Schedule(Strict):
+    """Length, optimiser and bookkeeping of a run; everything random follows from `seed` and step.
+
+    The learning rate rises over `warmup` steps and falls on a cosine to `final_fraction` of it.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    final_fraction: float = 0.1
+    warmup: int = 50
+    betas: tuple[float, ...] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    seed: int = 0
+    checkpoint_every: int = 200
+    validate_every: int = 200
+
+    def __post_init__(self) -> None:
+        self.check_types("schedule")
+        for name in ("steps", "batch_size", "checkpoint_every", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"schedule: {name} has to be above 0.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError("schedule: betas have to be two numbers from 0 to below 1.")
+        if self.learning_rate <= 0 or self.clip_norm <= 0 or self.warmup < 0:
+            raise ConfigError("schedule: learning_rate and clip_norm have to be above 0.")
+
+
+class _FromFile(Strict):
+    @classmethod
+    def from_file(cls, path: Path | None) -> Self:
+        """Settings of a JSON file; what it leaves out has its default, also inside sections."""
+        if path is None:
+            return cls()
+        try:
+            given = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} is no valid JSON.") from error
+        if not isinstance(given, dict):
+            raise ConfigError(f"{path} has to be an object.")
+        merged = cls().to_dict()
+        for name, value in given.items():
+            section = merged.get(name)
+            if isinstance(section, dict) and isinstance(value, dict):
+                value = {**section, **value}
+            merged[name] = value
+        return cls.from_dict(merged, str(path))
+
+
+@dataclass(frozen=True)
+class CodecTraining(_FromFile):
+    """Training of the codec.
+
+    `layer_choices` is the quantiser dropout: each step draws how many layers quantise, 0 being
+    none. Only `trained_layers` follow the encoder while it moves; all are fitted at the end, on
+    `fit_frames` frames. `aux_weight` scales linear maps from the latents, and from their first
+    two layers, to the log-mel spectrum: they put the voice into the coarse codes.
+
+    For `phase_steps` only samples count, then spectra and maps come in over as many steps: from
+    the start they keep the decoder from learning the phase (docs/training.md).
+    """
+
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    schedule: Schedule = field(default_factory=Schedule)
+    crop_frames: int = 10
+    phase_steps: int = 300
+    stft_weight: float = 2.0
+    wave_weight: float = 0.5
+    snr_weight: float = 0.7
+    aux_weight: float = 1.0
+    commitment_weight: float = 0.25
+    quantise_after: int = 100
+    trained_layers: int = 16
+    layer_choices: tuple[int, ...] = (0, 0, 0, 0, 1, 2, 2, 4, 8, 16)
+    ema_decay: float = 0.99
+    dead_below: float = 0.1
+    fit_frames: int = 16384
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.trained_layers <= self.codec.num_codebooks:
+            raise ConfigError("trained_layers has to lie in 1..codec.num_codebooks.")
+        if not self.layer_choices or any(n > self.trained_layers for n in self.layer_choices):
+            raise ConfigError("layer_choices have to lie in 0..trained_layers.")
+
+
+@dataclass(frozen=True)
+class BackboneTraining(_FromFile):
+    """Training of the backbone: next-token prediction, loss on the audio tokens only."""
+
+    tokens: TokenLayout = field(default_factory=TokenLayout)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    schedule: Schedule = field(default_factory=Schedule)
+
+
+@dataclass(frozen=True)
+class SuperResTraining(_FromFile):
+    """Training of superres.
+
+    Attributes:
+        align_weight: weight of the causal alignment objective; 0 leaves the full-attention
+            refinement alone.
+        backbone: folder of a trained backbone to start from; "" starts from scratch.
+    """
+
+    tokens: TokenLayout = field(default_factory=TokenLayout)
+    superres: SuperResConfig = field(default_factory=SuperResConfig)
+    schedule: Schedule = field(default_factory=Schedule)
+    align_weight: float = 0.5
+    backbone: str = ""

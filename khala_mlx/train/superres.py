@@ -1,0 +1,155 @@
+"""Training of superres with hybrid attention, started from a trained backbone (paper section 4).
+
+Every step mixes two objectives on the same songs: full-attention refinement, which predicts one
+randomly drawn layer from the layers before it, and the backbone's own causal next-token task,
+which keeps the alignment of words and sound that the backbone has learnt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from khala_mlx import tokens
+from khala_mlx.errors import KhalaError
+from khala_mlx.superres import SuperRes
+from khala_mlx.tokenizer import Tokenizer
+from khala_mlx.train.backbone import audio_loss
+from khala_mlx.train.data import SPLITS, read_coded
+from khala_mlx.train.loop import Run, save_part
+from khala_mlx.train.sequences import Alike, Example, examples_of, padded
+from khala_mlx.train.settings import SuperResTraining
+from khala_mlx.transformer import projector
+from khala_mlx.weights import part_files, read_tensors
+
+
+def refine_loss(model: SuperRes, prompts: mx.array, codes: mx.array, layer: int) -> mx.array:
+    """Mean nats of codes [B, layer + 1, T] at `layer`, given the layers before and prompts [B, P].
+
+    The rows are those of generation: the marker in the last prompt row, sums in the audio rows.
+    """
+    layout = model.layout
+    marker = mx.full((prompts.shape[0], 1), tokens.marker(layout, layer))
+    text = model.embed(mx.concatenate([prompts[:, :-1], marker], axis=1))
+    audio = model.embed(codes[:, 0] + tokens.window(layout, 0)[0])
+    for known in range(1, layer):
+        audio = audio + model.embed(codes[:, known] + tokens.window(layout, known)[0])
+    rows = mx.concatenate([text, audio], axis=1).astype(model.dtype)
+    hidden = model.body(rows, causal=False, start=prompts.shape[1])
+    logits = projector(model.lm_head, slice(*tokens.window(layout, layer)))(hidden)
+    return nn.losses.cross_entropy(logits, codes[:, layer], reduction="mean")
+
+
+def start_from_backbone(model: SuperRes, folder: Path) -> None:
+    """Copy body, and the rows of text and coarse codes, from backbone.safetensors in `folder`.
+
+    The rows of the finer layers stay fresh, scaled to the spread of those that are copied.
+
+    Raises:
+        KhalaError: if the backbone's layers have other shapes than superres'.
+    """
+    tensors = read_tensors(part_files(folder, "backbone"))
+    ours = dict(tree_flatten(model.parameters()))
+    rows = model.layout.backbone_vocab
+    copied = {}
+    for name, array in ours.items():
+        source = tensors.get(name)
+        table = name in ("embed_tokens.weight", "lm_head.weight")
+        wanted = (rows, *array.shape[1:]) if table else array.shape
+        if source is None or source.shape != tuple(wanted):
+            raise KhalaError(f"The backbone in {folder} has no {name} of shape {list(wanted)}.")
+        if table:
+            fresh = array[rows:] * (mx.std(source) / mx.std(array))
+            source = mx.concatenate([source.astype(array.dtype), fresh])
+        copied[name] = source
+    model.load_weights(list(copied.items()), strict=True)
+    mx.eval(model.parameters())
+
+
+class SuperResTask:
+    """A drawn layer of songs of one shape, and their coarse codes (see loop.Task)."""
+
+    def __init__(
+        self, settings: SuperResTraining, train: list[Example], valid: list[Example]
+    ) -> None:
+        self.settings, self.layout = settings, settings.tokens
+        self.train, self.valid = Alike(train), Alike(valid)
+        mx.random.seed(settings.schedule.seed)
+        self.model = SuperRes(settings.superres, settings.tokens)
+        mx.eval(self.model.parameters())
+        if settings.backbone:
+            start_from_backbone(self.model, Path(settings.backbone))
+        self.state: dict[str, mx.array] = {}
+
+    def batch(self, rng: np.random.Generator, step: int) -> dict[str, Any]:
+        chosen = self.train.draw(rng, self.settings.schedule.batch_size)
+        layer = int(rng.integers(self.layout.num_coarse, self.layout.num_codebooks))
+        return {"layer": layer, **self._arrays(chosen)}
+
+    def loss(self, batch: dict[str, Any]) -> tuple[mx.array, dict[str, mx.array]]:
+        layer = batch["layer"]
+        refine = refine_loss(self.model, batch["prompts"], batch["codes"], layer)
+        parts = {"refine_loss": refine, "layer": mx.array(layer)}
+        if not self.settings.align_weight:
+            return refine, parts
+        align = audio_loss(self.model, self.layout, batch["coarse"])
+        return refine + self.settings.align_weight * align, {**parts, "align_loss": align}
+
+    def after(self, parts: dict[str, mx.array], rng: np.random.Generator, step: int) -> None:
+        """Nothing is learnt without gradients."""
+
+    def validate(self) -> dict[str, float]:
+        """Held-out nats of refinement, the mean over all layers, and of the causal task."""
+        by_layer = self.by_layer()
+        coarse = self._arrays(self.valid.draw(np.random.default_rng(0), 8))["coarse"]
+        align = float(audio_loss(self.model, self.layout, coarse))
+        return {"refine_loss": float(np.mean(list(by_layer.values()))), "align_loss": align}
+
+    def by_layer(self, songs: int = 8) -> dict[int, float]:
+        """Held-out nats of refinement for each layer, on the same songs."""
+        batch = self._arrays(self.valid.draw(np.random.default_rng(0), songs))
+        layers = range(self.layout.num_coarse, self.layout.num_codebooks)
+        prompts, codes = batch["prompts"], batch["codes"]
+        return {each: float(refine_loss(self.model, prompts, codes, each)) for each in layers}
+
+    def _arrays(self, examples: list[Example]) -> dict[str, mx.array]:
+        return {
+            "prompts": mx.array(np.stack([each.superres_prompt for each in examples])),
+            "codes": mx.array(np.stack([each.codes for each in examples])),
+            "coarse": mx.array(padded([each.coarse_sequence(self.layout) for each in examples])),
+        }
+
+
+def train_superres(
+    settings: SuperResTraining,
+    data: Path,
+    folder: Path,
+    *,
+    resume: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Train on a prepared folder (data.read_coded) that also holds tokenizer.json.
+
+    Writes superres.safetensors and config.json into `folder` when done, beside checkpoint,
+    log.jsonl and loss.png. Returns the last validation.
+    """
+    tokenizer = Tokenizer.from_file(data / "tokenizer.json")
+    tokenizer.check(settings.tokens)
+
+    def room(_: int, superres: int) -> int:
+        return settings.superres.context - superres
+
+    train, valid = (
+        examples_of(read_coded(data, split), settings.tokens, tokenizer, room) for split in SPLITS
+    )
+    task: Any = SuperResTask(settings, train, valid)
+    run = Run(task, settings.schedule, settings.to_dict(), folder)
+    figures = run.train(resume=resume, on_progress=on_progress)
+    save_part(folder, "superres", task.model, settings.superres)
+    return figures

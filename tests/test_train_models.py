@@ -1,0 +1,227 @@
+"""Training of the backbone and of superres, on tiny models."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_tokenizer import write_tiny_tokenizer
+
+from khala_mlx import KhalaError, tokens
+from khala_mlx.backbone import Backbone
+from khala_mlx.config import BackboneConfig, SuperResConfig, TokenLayout
+from khala_mlx.superres import SuperRes
+from khala_mlx.tokenizer import Tokenizer
+from khala_mlx.train.backbone import audio_loss, train_backbone
+from khala_mlx.train.data import CodedSong, read_coded
+from khala_mlx.train.sequences import Alike, examples_of, padded
+from khala_mlx.train.settings import BackboneTraining, Schedule, SuperResTraining
+from khala_mlx.train.superres import (
+    SuperResTask,
+    refine_loss,
+    start_from_backbone,
+    train_superres,
+)
+
+LAYOUT = TokenLayout.tiny()
+QUICK = Schedule(
+    steps=12, batch_size=3, learning_rate=3e-3, warmup=2, checkpoint_every=5, validate_every=6
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten random coded songs of 9 or 12 frames, two of them held out."""
+    folder = tmp_path_factory.mktemp("data")
+    write_tiny_tokenizer(folder / "tokenizer.json")
+    (folder / "codes").mkdir()
+    rng, lines = np.random.default_rng(0), []
+    for number in range(10):
+        codes = rng.integers(0, 16, (8, 9 + 3 * (number % 2)))
+        np.savez(folder / "codes" / f"s{number}.npz", codes=codes)
+        split = "valid" if number < 2 else "train"
+        lines.append({"id": f"s{number}", "split": split, "tags": "pop", "lyrics": "do re"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def backbone_settings(**schedule: Any) -> BackboneTraining:
+    return BackboneTraining(LAYOUT, BackboneConfig.tiny(), dataclasses.replace(QUICK, **schedule))
+
+
+def superres_settings(**changes: Any) -> SuperResTraining:
+    return dataclasses.replace(SuperResTraining(LAYOUT, SuperResConfig.tiny(), QUICK), **changes)
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "backbone"
+    train_backbone(backbone_settings(), data, folder)
+    return folder
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in entries]
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step: int) -> Any:
+    def progress(done: int, total: int) -> None:
+        if done == step:
+            raise Killed
+
+    return progress
+
+
+@pytest.mark.parametrize("step", [1, 5, 7, 11])
+def test_a_killed_backbone_run_goes_on_exactly(
+    data: Path, trained: Path, tmp_path: Path, step: int
+) -> None:
+    settings, folder = backbone_settings(), tmp_path / "run"
+    with pytest.raises(Killed):
+        train_backbone(settings, data, folder, on_progress=kill_at(step))
+    train_backbone(settings, data, folder, resume=True)
+    assert log(folder) == log(trained)
+    ours, theirs = (mx.load(str(f / "backbone.safetensors")) for f in (folder, trained))
+    assert all(mx.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_killed_superres_run_goes_on_exactly(data: Path, trained: Path, tmp_path: Path) -> None:
+    settings = superres_settings(backbone=str(trained))
+    train_superres(settings, data, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train_superres(settings, data, tmp_path / "cut", on_progress=kill_at(8))
+    train_superres(settings, data, tmp_path / "cut", resume=True)
+    assert log(tmp_path / "cut") == log(tmp_path / "whole")
+    assert {"refine_loss", "align_loss", "layer"} <= set(log(tmp_path / "whole")[0])
+    assert (tmp_path / "whole" / "loss.png").exists()
+
+
+def test_full_attention_alone_has_no_causal_loss(data: Path, tmp_path: Path) -> None:
+    train_superres(superres_settings(align_weight=0.0), data, tmp_path / "run")
+    assert "align_loss" not in log(tmp_path / "run")[0]
+
+
+def test_a_song_is_learnt_and_sung_back(data: Path) -> None:
+    song = read_coded(data, "train")[0]
+    tokenizer = Tokenizer.from_file(data / "tokenizer.json")
+    (example,) = examples_of([song], LAYOUT, tokenizer, lambda *_: 100)
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+
+    mx.random.seed(0)
+    model = Backbone(BackboneConfig.tiny(), LAYOUT)
+    rows = mx.array(padded([example.coarse_sequence(LAYOUT)]))
+    optimizer = optim.AdamW(3e-3)
+    step = nn.value_and_grad(model, lambda rows: audio_loss(model, LAYOUT, rows))
+    for _ in range(150):
+        loss, gradients = step(rows)
+        optimizer.update(model, gradients)
+        mx.eval(model.parameters(), optimizer.state, loss)
+    assert loss.item() < 0.05
+    sung = model.compose(example.backbone_prompt, max_frames=50, top_k=1, key=mx.random.key(0))
+    # The end of the song was learnt too.
+    assert np.array_equal(sung, song.codes[:2])
+
+
+def test_the_loss_counts_audio_only() -> None:
+    model = Backbone(BackboneConfig.tiny(), LAYOUT)
+    ids = np.array([5, 6, 7, 300, 316, 301, LAYOUT.end_of_song])
+    logits = mx.array(model(ids[None, :-1])[0])
+    nats = mx.logsumexp(logits, axis=-1) - logits[mx.arange(6), mx.array(ids[1:])]
+    expected = nats[2:].mean().item()
+    for rows in (ids[None], padded([ids], 32)):
+        assert audio_loss(model, LAYOUT, mx.array(rows)).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_refine_loss_is_that_of_generations_rows() -> None:
+    model, rng = SuperRes(SuperResConfig.tiny(), LAYOUT), np.random.default_rng(0)
+    prompt, codes, layer = np.arange(5), rng.integers(0, 16, (8, 7)), 5
+    rows = np.full((1, 12, layer), -1)
+    rows[0, :5, 0] = [*prompt[:-1], tokens.marker(LAYOUT, layer)]
+    starts = np.array([tokens.window(LAYOUT, known)[0] for known in range(layer)])
+    rows[0, 5:] = (codes[:layer] + starts[:, None]).T
+    hidden = mx.array(model.hidden(rows)[0, 5:])
+    logits = hidden @ model.lm_head.weight[slice(*tokens.window(LAYOUT, layer))].T
+    nats = mx.logsumexp(logits, axis=-1) - logits[mx.arange(7), mx.array(codes[layer])]
+    ours = refine_loss(model, mx.array(prompt[None]), mx.array(codes[None]), layer)
+    assert ours.item() == pytest.approx(nats.mean().item(), abs=1e-5)
+
+
+def test_superres_starts_as_the_backbone(data: Path, trained: Path) -> None:
+    tokenizer = Tokenizer.from_file(data / "tokenizer.json")
+    songs = examples_of(read_coded(data, "train"), LAYOUT, tokenizer, lambda *_: 100)
+    backbone = Backbone(BackboneConfig.tiny(), LAYOUT)
+    backbone.load_weights(str(trained / "backbone.safetensors"))
+    task = SuperResTask(superres_settings(backbone=str(trained)), songs, songs)
+    rows = mx.array(padded([each.coarse_sequence(LAYOUT) for each in songs]))
+    hidden = [m.body(m.embed(rows), causal=True) for m in (task.model, backbone)]
+    assert mx.array_equal(*hidden).item()
+    table = task.model.embed_tokens.weight
+    spread = mx.std(table[LAYOUT.backbone_vocab :]).item()
+    assert spread == pytest.approx(mx.std(backbone.embed_tokens.weight).item(), rel=0.05)
+    assert len(task.by_layer()) == 6
+
+
+def test_a_backbone_of_other_shape_is_refused(trained: Path) -> None:
+    config = dataclasses.replace(SuperResConfig.tiny(), num_layers=3)
+    with pytest.raises(KhalaError, match=r"has no layers\.2\."):
+        start_from_backbone(SuperRes(config, LAYOUT), trained)
+
+
+def test_songs_are_cut_on_whole_frames_and_keep_their_end_only_whole(data: Path) -> None:
+    tokenizer = Tokenizer.from_file(data / "tokenizer.json")
+    song = CodedSong(np.ones((8, 20), int), "pop", "la", {"id": "x"})
+    for room, whole in ((20, True), (19, False)):
+        (example,) = examples_of([song], LAYOUT, tokenizer, lambda *_, room=room: room)
+        sequence = example.coarse_sequence(LAYOUT)
+        assert example.codes.shape == (8, room)
+        assert (sequence[-1] == LAYOUT.end_of_song) == whole
+    with pytest.raises(KhalaError, match="fills the trained window"):
+        examples_of([song], LAYOUT, tokenizer, lambda *_: 0)
+
+
+def test_batches_of_superres_line_up(data: Path) -> None:
+    tokenizer = Tokenizer.from_file(data / "tokenizer.json")
+    songs = examples_of(read_coded(data, "train"), LAYOUT, tokenizer, lambda *_: 100)
+    alike, rng = Alike(songs), np.random.default_rng(0)
+    lengths = set()
+    for _ in range(20):
+        drawn = alike.draw(rng, 3)
+        assert len({each.codes.shape[1] for each in drawn}) == 1
+        lengths.add(drawn[0].codes.shape[1])
+    assert lengths == {9, 12}
+
+
+def test_a_run_is_not_overwritten_or_resumed_with_other_settings(
+    data: Path, trained: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(KhalaError, match="--resume"):
+        train_backbone(backbone_settings(), data, trained)
+    with pytest.raises(KhalaError, match="other settings"):
+        train_backbone(backbone_settings(seed=9), data, trained, resume=True)
+    with pytest.raises(KhalaError, match="no checkpoint"):
+        train_backbone(backbone_settings(), data, tmp_path, resume=True)
+    (tmp_path / "checkpoint.safetensors").write_text("damaged")
+    with pytest.raises(KhalaError, match="no whole checkpoint"):
+        train_backbone(backbone_settings(), data, tmp_path, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(KhalaError, match="lower the learning rate"):
+        train_backbone(backbone_settings(learning_rate=1e30, warmup=0), data, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+def test_missing_data_is_one_sentence(tmp_path: Path, data: Path) -> None:
+    with pytest.raises(KhalaError, match="metadata.jsonl cannot be read"):
+        read_coded(tmp_path, "train")
+    with pytest.raises(KhalaError, match="no songs of the split test"):
+        read_coded(data, "test")
