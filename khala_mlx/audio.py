@@ -26,6 +26,8 @@ _SUBTYPES: Mapping[str, Mapping[str, str]] = {
 }
 # libsndfile's Vorbis encoder overflows its stack on huge single writes.
 _BLOCK = 65536
+# Samples by which a lossy file may differ in length; they are exact in practice.
+_CODEC_DELAY = 4096
 
 
 def check_output(path: Path, bit_depth: str = "16") -> None:
@@ -102,8 +104,12 @@ def write_audio(
                     setattr(file, name, text)
                 for start in range(0, len(waveform), _BLOCK):
                     file.write(waveform[start : start + _BLOCK])
+            # Encoders of lossy formats say nothing when the disk is full.
+            written = soundfile.info(temporary).frames
         except soundfile.SoundFileError as error:
-            raise AudioError(f"{path} cannot be written: {_reason(error)}.") from error
+            raise AudioError(f"{path} cannot be written: {_write_reason(error)}.") from error
+        if abs(written - len(waveform)) > _CODEC_DELAY:
+            raise AudioError(f"{path} cannot be written whole: the disk seems full.")
 
 
 def read_audio(
@@ -152,6 +158,11 @@ def _check_format(path: Path, file: object, sample_rate: int, channels: int) -> 
 
 def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _write_reason(error: Exception) -> str:
+    # libsndfile's word for a failed write.
+    return _reason(error).replace("System error", "the disk seems full")
 
 
 def _reason(error: Exception) -> str:

@@ -42,6 +42,11 @@ def appears_whole(
     except OSError as error:
         reason = error.strerror or str(error)
         raise KhalaError(f"{destination} cannot be written: {reason}.") from error
+    except RuntimeError as error:
+        # How MLX says that a file could not be written; it does not say why.
+        if not str(error).startswith("[write]"):
+            raise
+        raise KhalaError(f"{destination} cannot be written: the disk seems full.") from error
     finally:
         _remove(temporary)
         with _lock:

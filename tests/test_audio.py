@@ -207,3 +207,13 @@ def test_no_portaudio_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     with pytest.raises(AudioError, match="needs PortAudio"):
         audio.play(tone(), 44100)
+
+
+def test_a_file_cut_by_a_full_disk_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoders of lossy formats say nothing."""
+    monkeypatch.setattr(soundfile, "info", lambda _: types.SimpleNamespace(frames=9000))
+    with pytest.raises(AudioError, match="cannot be written whole: the disk seems full"):
+        audio.write_audio(tmp_path / "a.ogg", tone(), 44100)
+    assert list(tmp_path.iterdir()) == []

@@ -78,3 +78,15 @@ def test_discarding_removes_what_is_unfinished(tmp_path: Path) -> None:
         path.write_text("half")
         discard_unfinished()
         assert list(tmp_path.iterdir()) == []
+
+
+def test_mlx_without_room_is_one_sentence(tmp_path: Path) -> None:
+    def save() -> None:
+        with appears_whole(tmp_path / "x.safetensors"):
+            raise RuntimeError("[write] Unable to write 9 bytes to file.")
+
+    with pytest.raises(KhalaError, match=r"x\.safetensors cannot be written: the disk seems full"):
+        save()
+    with pytest.raises(RuntimeError, match="other"), appears_whole(tmp_path / "y"):
+        raise RuntimeError("other")
+    assert list(tmp_path.iterdir()) == []
