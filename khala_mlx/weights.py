@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -12,8 +13,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from khala_mlx import hub
-from khala_mlx.config import KhalaConfig
-from khala_mlx.errors import WeightsError
+from khala_mlx.config import WEIGHTS_LICENCE, KhalaConfig
+from khala_mlx.errors import KhalaWarning, WeightsError
 
 PARTS = ("backbone", "superres", "codec")
 Part = TypeVar("Part", bound=nn.Module)
@@ -42,6 +43,12 @@ def find_model(source: str | Path) -> Path:
                 f"There is no model folder {source}, nor is that the name of a Hub repository."
             )
         path = hub.download(str(source), lambda names: ("*.json", "*.safetensors", "*.md")).folder
+        warnings.warn(
+            f"{source} holds a model's weights under a licence of their own, see its page; the "
+            f"released Khala weights are under {WEIGHTS_LICENCE}.",
+            KhalaWarning,
+            stacklevel=3,
+        )
     if not (path / "config.json").is_file():
         raise WeightsError(
             f"{source} is no model folder, it has no config.json; checkpoints are turned into one "

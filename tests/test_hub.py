@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from khala_mlx import Khala, KhalaError, hub
-from khala_mlx.errors import HubError
+from khala_mlx.errors import HubError, KhalaWarning
 
 
 def test_a_hub_repository_is_fetched(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,7 +17,8 @@ def test_a_hub_repository_is_fetched(tiny_folder: Path, monkeypatch: pytest.Monk
         return hub.Snapshot(tiny_folder, "f" * 40)
 
     monkeypatch.setattr(hub, "download", download)
-    assert Khala.from_pretrained("someone/khala-mlx").config.codec.hop == 128
+    with pytest.warns(KhalaWarning, match="CC BY-NC 4.0"):
+        assert Khala.from_pretrained("someone/khala-mlx").config.codec.hop == 128
     assert asked == [("someone/khala-mlx", ("*.json", "*.safetensors", "*.md"))]
 
 
@@ -25,7 +26,7 @@ def test_a_repository_of_checkpoints_points_to_convert(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "download", lambda *_: hub.Snapshot(tmp_path, ""))
-    with pytest.raises(KhalaError, match="khala convert someone/raw DEST"):
+    with pytest.warns(KhalaWarning), pytest.raises(KhalaError, match="khala convert someone/raw DEST"):
         Khala.from_pretrained("someone/raw")
 
 
