@@ -26,7 +26,8 @@ def test_a_repository_of_checkpoints_points_to_convert(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "download", lambda *_: hub.Snapshot(tmp_path, ""))
-    with pytest.warns(KhalaWarning), pytest.raises(KhalaError, match="khala convert someone/raw DEST"):
+    wanted = "khala convert someone/raw DEST"
+    with pytest.warns(KhalaWarning), pytest.raises(KhalaError, match=wanted):
         Khala.from_pretrained("someone/raw")
 
 
