@@ -92,7 +92,7 @@ class CodecTask:
     def after(self, parts: dict[str, mx.array], rng: np.random.Generator, step: int) -> None:
         s, quantizer = self.settings, self.model.codec.quantizer
         if step + 1 == s.quantise_after:
-            points = self._latents(rng, 4 * s.codec.codebook_size)
+            points = self._latents(rng, s.fit_frames)
             rvq.fit(quantizer, points, s.trained_layers, rng)
             self.state = rvq.start_averages(quantizer, s.trained_layers)
         elif self.state:
