@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from khala_mlx.errors import AudioError, KhalaWarning
-from khala_mlx.files import appears_whole, check_absent
+from khala_mlx.files import appears_whole, check_destination
 
 # What a song is scaled down to when it would clip: the usual ceiling before lossy encoders.
 CEILING_DBFS = -1.0
@@ -182,7 +182,7 @@ def check_codes_name(path: Path, *, overwrite: bool = False) -> None:
     if path.suffix != ".npz":
         raise AudioError(f"{path} has to end in .npz, the format of codes.")
     if not overwrite:
-        check_absent(path)
+        check_destination(path)
 
 
 def load_codes(path: Path) -> np.ndarray:

@@ -231,11 +231,11 @@ def decode(
 ) -> None:
     """Turn codes (codes.npz) into a sound file."""
     from khala_mlx.audio import check_output, fit_scale, load_codes, write_audio
-    from khala_mlx.files import check_absent
+    from khala_mlx.files import check_destination
     from khala_mlx.pipeline import Khala
 
     check_output(sound, bit_depth)
-    check_absent(sound)
+    check_destination(sound)
     khala = Khala.from_pretrained(model)
     waveform = khala.render(load_codes(codes), on_progress=_stage("decode"))
     waveform, levels = fit_scale(waveform, normalize=normalize)

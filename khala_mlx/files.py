@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -44,9 +45,9 @@ def appears_whole(
         raise KhalaError(f"{destination} cannot be written: {reason}.") from error
     except RuntimeError as error:
         # How MLX says that a file could not be written; it does not say why.
-        if not str(error).startswith("[write]"):
+        if not str(error).startswith(("[write]", "[save_safetensors]")):
             raise
-        raise KhalaError(f"{destination} cannot be written: the disk seems full.") from error
+        raise KhalaError(f"{destination} cannot be written: the disk may be full.") from error
     finally:
         _remove(temporary)
         with _lock:
@@ -65,6 +66,19 @@ def check_absent(destination: Path) -> None:
     """Refuse a destination that exists, dangling links included."""
     if os.path.lexists(destination):
         raise KhalaError(f"{destination} exists already; remove it or choose another name.")
+
+
+def check_destination(destination: Path) -> None:
+    """Refuse, before any work, a destination that exists or whose place cannot be written to."""
+    check_absent(destination)
+    try:
+        with suppress(FileNotFoundError):
+            destination.lstat()
+        ancestors = destination.absolute().parents
+        with tempfile.TemporaryFile(dir=next(each for each in ancestors if each.exists())):
+            pass
+    except OSError as error:
+        raise KhalaError(f"{destination} cannot be written: {error.strerror}.") from error
 
 
 def _rename(temporary: Path, destination: Path, overwrite: bool) -> None:

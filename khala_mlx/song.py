@@ -13,7 +13,7 @@ import numpy as np
 from khala_mlx import audio
 from khala_mlx.config import Strict
 from khala_mlx.errors import ConfigError, KhalaError, KhalaWarning
-from khala_mlx.files import appears_whole
+from khala_mlx.files import appears_whole, check_destination
 from khala_mlx.prompt import Prompt
 
 SIDECAR_VERSION = 1
@@ -164,10 +164,10 @@ def take_path(path: Path) -> Path:
 
 
 def check_free(path: Path, *, overwrite: bool = False) -> None:
-    """Refuse if the song, its sidecar or its take exists already."""
-    taken = [p.name for p in (path, sidecar_path(path), take_path(path)) if p.exists()]
-    if taken and not overwrite:
-        raise KhalaError(f"{', '.join(taken)} exists already; choose another name.")
+    """Refuse if the song, its sidecar or its take exists already or could not be written."""
+    if not overwrite:
+        for each in (path, sidecar_path(path), take_path(path)):
+            check_destination(each)
 
 
 def warn_other_model(sidecar: Path, identity: str) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from khala_mlx.errors import KhalaError
-from khala_mlx.files import appears_whole, discard_unfinished
+from khala_mlx.files import appears_whole, check_destination, discard_unfinished
 
 
 def test_a_file_appears_when_whole(tmp_path: Path) -> None:
@@ -85,8 +85,19 @@ def test_mlx_without_room_is_one_sentence(tmp_path: Path) -> None:
         with appears_whole(tmp_path / "x.safetensors"):
             raise RuntimeError("[write] Unable to write 9 bytes to file.")
 
-    with pytest.raises(KhalaError, match=r"x\.safetensors cannot be written: the disk seems full"):
+    with pytest.raises(KhalaError, match=r"x\.safetensors cannot be written: the disk may be full"):
         save()
     with pytest.raises(RuntimeError, match="other"), appears_whole(tmp_path / "y"):
         raise RuntimeError("other")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_is_checked_before_the_work(tmp_path: Path) -> None:
+    check_destination(tmp_path / "deep" / "er" / "song.wav")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "song.wav", tmp_path / ("a" * 300 + ".wav")):
+        with pytest.raises(KhalaError, match=r"cannot be written: .*\.$"):
+            check_destination(path)
+    with pytest.raises(KhalaError, match="exists already"):
+        check_destination(tmp_path / "file")
