@@ -99,7 +99,8 @@ def _fail(error: BaseException) -> None:
         detail = " ".join(str(error).split())
         kind = type(error).__name__
         message = f"Unexpected {kind}: {detail} (KHALA_DEBUG=1 shows where; please report it)."
-    click.echo(f"Error: {message}", err=True)
+    # One line, whatever a file's name holds.
+    click.echo(f"Error: {' '.join(message.splitlines())}", err=True)
     sys.exit(1)
 
 

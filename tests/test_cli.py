@@ -226,6 +226,7 @@ def test_convert_reports_and_shows_the_licence(oracle: Path) -> None:
         (["--lyrics-file", "binary"], "no UTF-8 text"),
         (["--seed", "-3"], "seed"),
         (["-m", "absent"], "no model folder"),
+        (["-m", "new\nline"], "no model folder new line"),
     ],
 )
 def test_user_errors(tiny_folder: Path, arguments: list[str], sentence: str) -> None:
