@@ -140,7 +140,7 @@ def _tensor(name: str, entry: Any, path: Path, start: int) -> tuple[Tensor, tupl
 
 
 def _unreadable(start: int, stop: int) -> np.ndarray:
-    raise NotImplementedError
+    raise ConvertError("A tensor of a type that is no float cannot be converted.")
 
 
 def _check_spans(spans: list[tuple[int, int]], length: int, what: str) -> None:

@@ -12,10 +12,8 @@ import numpy as np
 
 from khala_mlx.backbone import Backbone
 from khala_mlx.config import TokenLayout
-from khala_mlx.tokenizer import Tokenizer
-from khala_mlx.train.data import SPLITS, read_coded
 from khala_mlx.train.loop import Run, save_part
-from khala_mlx.train.sequences import Example, examples_of, padded
+from khala_mlx.train.sequences import Example, padded, read_examples
 from khala_mlx.train.settings import BackboneTraining
 from khala_mlx.transformer import Transformer
 
@@ -83,17 +81,12 @@ def train_backbone(
     Writes backbone.safetensors and config.json into `folder` when done, beside checkpoint,
     log.jsonl and loss.png. Returns the last validation.
     """
-    tokenizer = Tokenizer.from_file(data / "tokenizer.json")
-    tokenizer.check(settings.tokens)
-    layout = settings.tokens
 
     def room(backbone: int, _: int) -> int:
         # One token is kept for the end of the song.
-        return (settings.backbone.context - backbone - 1) // layout.num_coarse
+        return (settings.backbone.context - backbone - 1) // settings.tokens.num_coarse
 
-    train, valid = (
-        examples_of(read_coded(data, split), layout, tokenizer, room) for split in SPLITS
-    )
+    train, valid = read_examples(data, settings.tokens, room)
     task: Any = BackboneTask(settings, train, valid)
     run = Run(task, settings.schedule, settings.to_dict(), folder)
     figures = run.train(resume=resume, on_progress=on_progress)

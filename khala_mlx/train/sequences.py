@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from khala_mlx.config import TokenLayout
 from khala_mlx.errors import KhalaError
 from khala_mlx.prompt import Prompt, build_ids, cleaned
 from khala_mlx.tokenizer import Tokenizer
-from khala_mlx.train.data import CodedSong
+from khala_mlx.train.data import SPLITS, CodedSong, read_coded
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,17 @@ def examples_of(
         codes = song.codes.astype(np.int64)
         examples.append(Example(backbone, superres, codes[:, :room], codes.shape[1] <= room))
     return examples
+
+
+def read_examples(
+    folder: Path, layout: TokenLayout, room_behind: Callable[[int, int], int]
+) -> list[list[Example]]:
+    """The examples of each of SPLITS in a prepared folder, by the tokenizer that lies in it."""
+    tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+    tokenizer.check(layout)
+    return [
+        examples_of(read_coded(folder, split), layout, tokenizer, room_behind) for split in SPLITS
+    ]
 
 
 def padded(sequences: Sequence[np.ndarray], multiple: int = 32) -> np.ndarray:

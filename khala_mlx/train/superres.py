@@ -19,11 +19,9 @@ from mlx.utils import tree_flatten
 from khala_mlx import tokens
 from khala_mlx.errors import KhalaError
 from khala_mlx.superres import SuperRes
-from khala_mlx.tokenizer import Tokenizer
 from khala_mlx.train.backbone import audio_loss
-from khala_mlx.train.data import SPLITS, read_coded
 from khala_mlx.train.loop import Run, save_part
-from khala_mlx.train.sequences import Alike, Example, examples_of, padded
+from khala_mlx.train.sequences import Alike, Example, padded, read_examples
 from khala_mlx.train.settings import SuperResTraining
 from khala_mlx.transformer import projector
 from khala_mlx.weights import part_files, read_tensors
@@ -139,15 +137,11 @@ def train_superres(
     Writes superres.safetensors and config.json into `folder` when done, beside checkpoint,
     log.jsonl and loss.png. Returns the last validation.
     """
-    tokenizer = Tokenizer.from_file(data / "tokenizer.json")
-    tokenizer.check(settings.tokens)
 
     def room(_: int, superres: int) -> int:
         return settings.superres.context - superres
 
-    train, valid = (
-        examples_of(read_coded(data, split), settings.tokens, tokenizer, room) for split in SPLITS
-    )
+    train, valid = read_examples(data, settings.tokens, room)
     task: Any = SuperResTask(settings, train, valid)
     run = Run(task, settings.schedule, settings.to_dict(), folder)
     figures = run.train(resume=resume, on_progress=on_progress)
