@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from khala_mlx.terminal import Progress, command, report
+from khala_mlx.terminal import OneLineErrors, Progress, command, report
 from khala_mlx.train.commands import train
 
 LICENCE_NOTE = (
@@ -35,7 +35,7 @@ normalize_option = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="khala-mlx")
 def main() -> None:
     """Whole songs from tags and lyrics, on your own machine.

@@ -24,6 +24,28 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+class OneLineErrors(click.Group):
+    """A group whose usage errors are one line too, without the usage that click puts before."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """As click's, for the console script: always ends in SystemExit."""
+        kwargs["standalone_mode"] = False
+        try:
+            code = super().main(*args, **kwargs)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            _complain(error.format_message())
+            sys.exit(error.exit_code)
+        except (click.Abort, BrokenPipeError):
+            # Whoever read our output is gone; the flush at exit must not complain either.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+            sys.exit(1)
+        # --help and --version end with a code, a command with its result.
+        sys.exit(code if isinstance(code, int) else 0)
+
+
 def command(work: Callable[P, R]) -> Callable[P, R]:
     """Run a command in a worker thread; turn errors into one line and exit code 1.
 
@@ -99,9 +121,13 @@ def _fail(error: BaseException) -> None:
         detail = " ".join(str(error).split())
         kind = type(error).__name__
         message = f"Unexpected {kind}: {detail} (KHALA_DEBUG=1 shows where; please report it)."
-    # One line, whatever a file's name holds.
-    click.echo(f"Error: {' '.join(message.splitlines())}", err=True)
+    _complain(message)
     sys.exit(1)
+
+
+def _complain(message: str) -> None:
+    # One line, whatever a file's name holds.
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -48,8 +48,8 @@ def failed(result: Result, sentence: str, code: int = 1) -> None:
     assert sentence in result.stderr
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
-    if code == 1:
-        assert len([line for line in errors if line.startswith("Error: ")]) == 1
+    assert len([line for line in errors if line.startswith("Error: ")]) == 1
+    assert code == 1 or len(errors) == 1
 
 
 def test_generate_writes_a_song(tiny_folder: Path) -> None:
@@ -251,6 +251,12 @@ def test_user_errors(tiny_folder: Path, arguments: list[str], sentence: str) -> 
 def test_usage_errors(arguments: list[str], sentence: str) -> None:
     Path("words.txt").write_text("la")
     failed(run(*arguments), sentence, code=2)
+
+
+def test_no_command_shows_the_help() -> None:
+    assert "Usage: " in run().stderr
+    assert run().exit_code == 2
+    assert run("generate", "-h").exit_code == 0
 
 
 def test_codec_commands_check_their_names_first(tiny_folder: Path) -> None:
