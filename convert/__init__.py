@@ -1,5 +1,5 @@
-"""Readers of foreign checkpoints; the only place that knows foreign layouts."""
+"""Readers of foreign checkpoints, the only place that knows their layouts, and of training runs."""
 
-from khala_mlx.convert.run import convert
+from khala_mlx.convert.run import convert, pack
 
-__all__ = ["convert"]
+__all__ = ["convert", "pack"]

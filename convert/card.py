@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from khala_mlx.config import WEIGHTS_LICENCE, KhalaConfig
+from khala_mlx.convert import trained
+from khala_mlx.convert.tokenizer import SHA256
+
+_HUB_IDS = {WEIGHTS_LICENCE: "cc-by-nc-4.0", "Apache-2.0": "apache-2.0"}
 
 _CARD = """\
 ---
@@ -17,7 +21,7 @@ tags:
 
 # Khala for MLX
 
-Weights of the Khala song generator (arXiv 2605.01790) in the form that
+{what} in the form that
 [khala-mlx](https://pypi.org/project/khala-mlx/) reads.
 
 | | |
@@ -32,8 +36,16 @@ Weights of the Khala song generator (arXiv 2605.01790) in the form that
 
 ## Licence
 
+{terms}"""
+
+_CONVERTED = """\
 - The weights are licensed under {licence}; they are a conversion of {source} and stay under its
   terms.
+"""
+_TRAINED = """\
+- The weights are licensed under {licence}.
+"""
+_LLAMA = """\
 - `tokenizer.json` is the tokenizer of Llama 3.1, (c) Meta, under the Llama 3.1 Community Licence.
 """
 
@@ -42,10 +54,17 @@ def card(config: KhalaConfig) -> str:
     """The text of README.md."""
     repo, revision = config.source.get("repo"), config.source.get("revision")
     source = f"{repo} at revision {revision}" if repo else "a local copy of Khala's weights"
+    what, terms = "Weights of the Khala song generator (arXiv 2605.01790)", _CONVERTED + _LLAMA
+    # Converting a trained model again keeps what it came from.
+    if config.source.get("layout") == trained.LAYOUT:
+        source = "trained with `khala train`"
+        what = "Weights of a song model after Khala's recipe (arXiv 2605.01790),"
+        terms = _TRAINED + (_LLAMA if _has_llamas_tokenizer(config) else "")
     packed = next(iter(config.quantization.values()), None)
     return _CARD.format(
-        licence_id="cc-by-nc-4.0" if config.licence == WEIGHTS_LICENCE else "other",
+        licence_id=_HUB_IDS.get(config.licence, "other"),
         base=f"base_model: {repo}\n" if repo else "",
+        what=what,
         source=source,
         dtype=config.dtype,
         quantization=f"{packed.bits} bits in groups of {packed.group_size}" if packed else "none",
@@ -54,5 +73,10 @@ def card(config: KhalaConfig) -> str:
         channels=config.codec.channels,
         codebooks=config.codec.num_codebooks,
         size=config.codec.codebook_size,
-        licence=config.licence,
+        terms=terms.format(licence=config.licence, source=source),
     )
+
+
+def _has_llamas_tokenizer(config: KhalaConfig) -> bool:
+    tokenizer = config.source.get("tokenizer")
+    return isinstance(tokenizer, dict) and tokenizer.get("sha256") in SHA256

@@ -21,6 +21,7 @@ from khala_mlx.convert.tensors import Tensor
 from khala_mlx.errors import ConvertError
 from khala_mlx.names import is_plain_name, shown
 
+LAYOUT = "khala"
 CONFIG = "config.json"
 HUB_PATTERNS = (CONFIG, "*.safetensors", "*.safetensors.index.json", "tokenizer*.json")
 
@@ -35,15 +36,16 @@ def open_model_folder(root: Path) -> Opened:
             "The source is quantised, which cannot be undone; convert from the original weights."
         )
     return Opened(
-        "khala",
-        _part(root, "backbone", config.backbone, transformer_shapes(config.backbone)),
-        _part(root, "superres", config.superres, transformer_shapes(config.superres)),
-        _part(root, "codec", config.codec, codec_shapes(config.codec)),
+        LAYOUT,
+        open_part(root, "backbone", config.backbone, transformer_shapes(config.backbone)),
+        open_part(root, "superres", config.superres, transformer_shapes(config.superres)),
+        open_part(root, "codec", config.codec, codec_shapes(config.codec)),
         config,
     )
 
 
-def _part(root: Path, part: str, config: AnyConfig, shapes: Shapes) -> Part[AnyConfig]:
+def open_part(root: Path, part: str, config: AnyConfig, shapes: Shapes) -> Part[AnyConfig]:
+    """One part by the names and shapes it has to have; errors name the part."""
     with naming(part):
         return _checked_part(root, part, config, shapes)
 

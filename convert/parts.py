@@ -53,7 +53,8 @@ class Part(Generic[PartConfig]):
     """One of backbone, superres and codec.
 
     `tensors` has exactly the model folder's names and shapes; `ignored` names what is left out on
-    purpose, `unused` what nothing here knows; `files` was read beside the tensors' own files.
+    purpose, `unused` what nothing here knows; `files` was read beside the tensors' own files;
+    `root` is the folder of them all, where it is not the source's.
     """
 
     name: str
@@ -64,11 +65,12 @@ class Part(Generic[PartConfig]):
     dropped_rows: int = 0
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    root: Path | None = None
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A whole source. `config` is what it says itself, if it is a model folder already."""
+    """A whole source. `config` is what it says itself, if it is in this package's own form."""
 
     layout: str
     backbone: Part[BackboneConfig]

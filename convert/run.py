@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from khala_mlx.config import DTYPES, KhalaConfig, Quantization
+from khala_mlx.convert import model_folder, trained
 from khala_mlx.convert.card import card
 from khala_mlx.convert.outputs import Packing, packed_layers
 from khala_mlx.convert.parts import Opened, token_layout
@@ -24,6 +25,8 @@ from khala_mlx.names import listed, shown
 BITS = (4, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 FC1_BIASES = ("double", "single")
+# The licence of this package: whoever trains a model of their own may choose another.
+OWN_LICENCE = "Apache-2.0"
 
 
 def convert(
@@ -58,9 +61,11 @@ def convert(
         KhalaError: in one sentence; nothing is left at `destination`.
     """
     _check_options(dtype, quantize, group_size, fc1_bias)
-    destination = Path(destination).expanduser()
-    with _without_empty_parents(destination), appears_whole(destination, folder=True) as folder:
-        located, opened = _open(source)
+
+    def work(folder: Path) -> dict[str, Any]:
+        with _naming_the_source():
+            located = locate(source)
+            opened = located.open()
         found = fc1_bias or (opened.config.fc1_bias if opened.config else "double")
         packing = Packing(
             dtype,
@@ -69,19 +74,70 @@ def convert(
         )
         config = _config(opened, packing, found)
         tokens = find_tokenizer(tokenizer, located.root, config.tokens)
-        report = _write_all(located, opened, packing, config, tokens, folder, on_progress)
+        return _write_all(located, opened, packing, config, tokens, folder, on_progress)
+
+    return _written(destination, work)
+
+
+def pack(
+    destination: str | Path,
+    *,
+    codec: str | Path,
+    backbone: str | Path,
+    superres: str | Path,
+    tokenizer: str | Path,
+    dtype: str = "float32",
+    quantize: int | None = None,
+    group_size: int = 64,
+    licence: str = OWN_LICENCE,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Put the parts of three finished training runs into one model folder.
+
+    Args:
+        destination: the folder to make; it must not exist.
+        codec, backbone, superres: the folders of the runs.
+        tokenizer: the tokenizer.json that they were trained with.
+        licence: what config.json and the model card say; one line.
+
+    The other arguments, the report and the errors are those of `convert`.
+    """
+    _check_options(dtype, quantize, group_size, None)
+    if not licence.strip() or not licence.isprintable():
+        raise ConvertError("licence has to be one line of text.")
+    runs = {"codec": Path(codec), "backbone": Path(backbone), "superres": Path(superres)}
+
+    def work(folder: Path) -> dict[str, Any]:
+        packing = Packing(dtype, 1.0, Quantization(quantize, group_size) if quantize else None)
+        with _naming_the_source():
+            opened = trained.open_runs(runs, licence)
+            trained.require_whole_packing(opened, packing)
+            config = _config(opened, packing, "single")
+            tokens = trained.fitting_tokenizer(Path(tokenizer), config.tokens)
+        # Three folders, not one: each part names its own.
+        located = Located(Path(), trained.LAYOUT)
+        return _write_all(located, opened, packing, config, tokens, folder, on_progress)
+
+    return _written(destination, work)
+
+
+def _written(destination: str | Path, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Let `work` fill the folder and report; the folder appears whole or not at all."""
+    destination = Path(destination).expanduser()
+    with _without_empty_parents(destination), appears_whole(destination, folder=True) as folder:
+        report = work(folder)
     report["destination"] = str(destination)
     for note in report["warnings"]:
-        warnings.warn(note, KhalaWarning, stacklevel=2)
+        warnings.warn(note, KhalaWarning, stacklevel=3)
     return report
 
 
-def _open(source: str | Path) -> tuple[Located, Opened]:
+@contextmanager
+def _naming_the_source() -> Iterator[None]:
+    """Whatever else cannot be read; errors while writing are the destination's."""
     try:
-        located = locate(source)
-        return located, located.open()
+        yield
     except OSError as error:
-        # Whatever else cannot be read; errors while writing are the destination's.
         raise ConvertError(f"The source cannot be read: {error.strerror}.") from error
 
 
@@ -104,11 +160,17 @@ def _fc1_scale(opened: Opened, wanted: str) -> float:
 
 
 def _config(opened: Opened, packing: Packing, fc1_bias: str) -> KhalaConfig:
+    layers = packed_layers(opened.backbone, packing) | packed_layers(opened.superres, packing)
+    if packing.quantization and not layers:
+        size = packing.quantization.group_size
+        raise ConvertError(
+            f"Nothing can be quantised, no row divides into groups of {size}; choose smaller "
+            "groups or leave it."
+        )
     changes: dict[str, Any] = {
         "dtype": packing.dtype,
         "fc1_bias": fc1_bias,
-        "quantization": packed_layers(opened.backbone, packing)
-        | packed_layers(opened.superres, packing),
+        "quantization": layers,
     }
     if opened.config:
         return dataclasses.replace(opened.config, **changes)
@@ -155,7 +217,7 @@ def _write_all(
         "ignored": {part.name: list(part.ignored) for part in opened.parts},
         "source_files": checksums,
         "tokenizer": {"origin": tokens.origin, "sha256": tokens.sha256},
-        "warnings": _notes(opened, config, packing, tokens),
+        "warnings": _notes(opened, config, tokens),
     }
 
 
@@ -171,7 +233,7 @@ def _source(
     if located.repo:
         record |= {"repo": located.repo, "revision": located.revision}
     record["files"] = checksums
-    if opened.config:
+    if opened.config and opened.layout == model_folder.LAYOUT:
         record = {
             **config.source,
             "converted_from": {
@@ -183,7 +245,7 @@ def _source(
     return record | {"tokenizer": {"origin": tokens.origin, "sha256": tokens.sha256}}
 
 
-def _notes(opened: Opened, config: KhalaConfig, packing: Packing, tokens: Tokenizer) -> list[str]:
+def _notes(opened: Opened, config: KhalaConfig, tokens: Tokenizer) -> list[str]:
     notes = []
     for part in opened.parts:
         if part.unused:
@@ -191,9 +253,6 @@ def _notes(opened: Opened, config: KhalaConfig, packing: Packing, tokens: Tokeni
             notes.append(f"The {part.name} holds {told}")
     notes += dict.fromkeys(note for part in opened.parts for note in part.notes)
     notes += tokens.notes
-    if packing.quantization and not config.quantization:
-        size = packing.quantization.group_size
-        notes.append(f"Nothing was quantised: no row divides into groups of {size}.")
     if opened.config and opened.config.dtype != "float32" and config.dtype == "float32":
         notes.append(f"The source is {opened.config.dtype}; float32 only makes it larger.")
     return notes

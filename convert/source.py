@@ -32,12 +32,12 @@ class Located:
 _READERS: dict[str, Callable[[Path], Opened]] = {
     "megatron": megatron.open_megatron,
     "vinpolar": vinpolar.open_vinpolar,
-    "khala": model_folder.open_model_folder,
+    model_folder.LAYOUT: model_folder.open_model_folder,
 }
 _HUB_PATTERNS = {
     "megatron": megatron.HUB_PATTERNS,
     "vinpolar": vinpolar.HUB_PATTERNS,
-    "khala": model_folder.HUB_PATTERNS,
+    model_folder.LAYOUT: model_folder.HUB_PATTERNS,
 }
 
 
@@ -73,7 +73,7 @@ def layout_of(names: Iterable[str], what: str) -> str:
     if model_folder.CONFIG in names and any(
         fnmatch(name, "backbone*.safetensors") for name in names
     ):
-        found.append("khala")
+        found.append(model_folder.LAYOUT)
     if len(found) > 1:
         raise ConvertError(f"{what} holds several layouts at once: {listed(found)}.")
     if not found:

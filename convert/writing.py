@@ -37,7 +37,7 @@ def write_part(
             on_progress(part.name, done, total)
 
     with naming(part.name):
-        checksums = _check_sources(sources, extents, located, count)
+        checksums = _check_sources(sources, extents, located, part.root or located.root, count)
         shards = _write_files(part.name, outputs, folder, count)
     entries = [entry for output in outputs for entry in output.entries]
     return {
@@ -53,11 +53,12 @@ def _check_sources(
     sources: Iterable[Path],
     extents: Iterable[Extent],
     located: Located,
+    root: Path,
     count: Callable[[int], None],
 ) -> dict[str, str]:
     checksums = {}
     for path in sources:
-        name = path.relative_to(located.root).as_posix()
+        name = path.relative_to(root).as_posix()
         used = [extent for extent in extents if extent.path == path]
         checksums[name] = checked_sha256(path, used, count)
         if located.checksums.get(name, checksums[name]) != checksums[name]:

@@ -67,7 +67,9 @@ class Khala:
                 one.
             dtype: what the language models compute in, "bfloat16", "float16" or "float32"; by
                 default what they are stored in, on the CPU backend float32, since 16-bit
-                matrices are slower there by orders of magnitude. The codec is float32.
+                matrices are slower there by orders of magnitude. There, for the same reason, a
+                quantised model that takes at most 1 GiB in float32 is unpacked, whatever the
+                dtype. The codec is float32.
             keep_loaded: keep every stage in memory for the next song. Without it `generate` frees
                 each stage when it is done, so that the largest, not the sum, has to fit.
 

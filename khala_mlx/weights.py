@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from khala_mlx import hub
 from khala_mlx.config import WEIGHTS_LICENCE, KhalaConfig
@@ -18,6 +18,11 @@ from khala_mlx.errors import KhalaWarning, WeightsError
 
 PARTS = ("backbone", "superres", "codec")
 Part = TypeVar("Part", bound=nn.Module)
+
+# MLX's CPU backend multiplies packed matrices slower than plain ones, in 16 bits 10 to 60 times:
+# there a part that takes at most this many bytes in float32 is unpacked. Whoever packs a larger
+# one lacks the memory.
+CPU_UNPACKED_BYTES = 2**30
 
 
 def find_model(source: str | Path) -> Path:
@@ -102,7 +107,8 @@ def load_part(
     """Fill `model` with the tensors of `part` in `folder` and evaluate them.
 
     Layers that config.json lists as quantised are turned into their packed form first. With
-    `dtype` every float tensor is cast to it, scales of packed ones included.
+    `dtype` every float tensor is cast to it, scales of packed ones included. On the CPU backend
+    the layers of a part of at most CPU_UNPACKED_BYTES are then unpacked, to `dtype` too.
 
     Raises:
         WeightsError: listing every missing, unknown and misshapen tensor at once.
@@ -112,6 +118,8 @@ def load_part(
         for name, how in config.quantization.items()
         if name.startswith(f"{part}.")
     }
+    # Known only before packing: packed tensors have other sizes.
+    unpacked_bytes = sum(array.size * 4 for _, array in tree_flatten(model.parameters()))
     for how in set(packed.values()):
         try:
             nn.quantize(
@@ -125,7 +133,10 @@ def load_part(
             raise WeightsError(
                 f"{folder}/config.json asks for a quantisation that fails: {error}"
             ) from error
-    return fill_part(model, folder, part, dtype)
+    fill_part(model, folder, part, dtype)
+    if packed and mx.default_device() == mx.cpu and unpacked_bytes <= CPU_UNPACKED_BYTES:
+        _unpack(model, dtype)
+    return model
 
 
 def fill_part(model: Part, folder: Path, part: str, dtype: mx.Dtype | None = None) -> Part:
@@ -144,6 +155,40 @@ def fill_part(model: Part, folder: Path, part: str, dtype: mx.Dtype | None = Non
         raise WeightsError(f"The {part} in {folder} cannot be read: {error}") from error
     model.eval()
     return model
+
+
+def _unpack(model: nn.Module, dtype: mx.Dtype | None) -> None:
+    """Replace packed layers by plain ones that hold the values they stand for."""
+    layers = [
+        (name, _plain(layer, dtype))
+        for name, layer in model.named_modules()
+        if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding))
+    ]
+    model.update_modules(tree_unflatten(layers))
+    model.eval()
+    mx.eval(model.parameters())
+
+
+def _plain(layer: nn.Module, dtype: mx.Dtype | None) -> nn.Module:
+    """The nn.Linear or nn.Embedding of a packed layer."""
+    weight = mx.dequantize(
+        layer.weight,
+        layer.scales,
+        layer.get("biases"),
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+        dtype=dtype,
+    )
+    rows, columns = weight.shape
+    if isinstance(layer, nn.QuantizedEmbedding):
+        plain = nn.Embedding(rows, columns)
+    else:
+        plain = nn.Linear(columns, rows, bias="bias" in layer)
+        if "bias" in layer:
+            plain.bias = layer.bias
+    plain.weight = weight
+    return plain
 
 
 def _differences(expected: Mapping[str, mx.array], found: Mapping[str, mx.array]) -> str:

@@ -205,7 +205,9 @@ def test_convert_reports_and_shows_the_licence(oracle: Path) -> None:
     json.loads(result.stdout)
     result = run("convert", source, "model", "--tokenizer", tokenizer)
     failed(result, "model exists already")
-    plain = run("convert", "model", "other", "--dtype", "float16", "--quantize", "8")
+    result = run("convert", "model", "other", "--quantize", "8")
+    failed(result, "no row divides into groups of 64")
+    plain = run("convert", "model", "other", "--dtype", "float16")
     assert plain.exit_code == 0, plain.stderr
     for line in ("layout    khala", "fc1_bias  double", "backbone  35 tensors"):
         assert line in plain.stdout

@@ -11,9 +11,11 @@ from click.testing import CliRunner, Result
 from test_train_codec import TINY
 from tiny_tokenizer import write_tiny_tokenizer
 
+from khala_mlx import Khala
 from khala_mlx.cli import main
 from khala_mlx.config import BackboneConfig, SuperResConfig, TokenLayout
 
+PARTS = ("codec", "backbone", "superres")
 SCHEDULE = {"steps": 4, "batch_size": 2, "warmup": 1, "checkpoint_every": 2, "validate_every": 2}
 
 
@@ -73,8 +75,15 @@ def test_from_sound_to_three_parts(songs: Path, tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.stderr
     assert set(json.loads(result.stdout)) == {"folder", "refine_loss", "align_loss"}
-    for part in ("codec", "backbone", "superres"):
+    for part in PARTS:
         assert (tmp_path / part / f"{part}.safetensors").exists()
+
+    model = tmp_path / "model"
+    options = [each for part in PARTS for each in (f"--{part}", tmp_path / part)]
+    result = run("pack", model, *options, "--tokenizer", tokenizer)
+    assert result.exit_code == 0, result.stderr
+    song = Khala.from_pretrained(model).generate(seconds=0.05, min_seconds=0.05, seed=1)
+    assert song.codes.shape[0] == 8
 
 
 def test_prepare_with_a_models_codec(tiny_folder: Path, songs: Path, tmp_path: Path) -> None:

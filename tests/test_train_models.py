@@ -104,6 +104,11 @@ def test_a_killed_superres_run_goes_on_exactly(data: Path, trained: Path, tmp_pa
     assert (tmp_path / "whole" / "loss.png").exists()
 
 
+def test_a_run_tells_its_sizes_and_its_token_layout(data: Path, trained: Path) -> None:
+    about = json.loads((trained / "config.json").read_text())
+    assert about == {"backbone": BackboneConfig.tiny().to_dict(), "tokens": LAYOUT.to_dict()}
+
+
 def test_full_attention_alone_has_no_causal_loss(data: Path, tmp_path: Path) -> None:
     train_superres(superres_settings(align_weight=0.0), data, tmp_path / "run")
     assert "align_loss" not in log(tmp_path / "run")[0]

@@ -1,13 +1,21 @@
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
-from khala_mlx import Khala, KhalaError
+from khala_mlx import Khala, KhalaError, weights
+from khala_mlx.backbone import Backbone
+from khala_mlx.config import KhalaConfig
+from khala_mlx.convert import convert
+from khala_mlx.errors import KhalaWarning
+from khala_mlx.weights import load_part
 
 
 @pytest.fixture
@@ -116,11 +124,104 @@ def test_quantised_layers_load_as_config_says(folder: Path, tiny: Khala) -> None
     assert coarse.shape == (2, 8)
 
 
-def test_a_quantisation_that_mlx_lacks_is_one_sentence(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def packed_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with every matrix of the language models in 8 bits, scales in bfloat16."""
+    destination = tmp_path_factory.mktemp("packed") / "model"
+    with pytest.warns(KhalaWarning):
+        convert(tiny_folder, destination, quantize=8, group_size=32)
+    return destination
+
+
+@pytest.fixture
+def on_the_cpu() -> Iterator[None]:
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+
+
+def layer_types(model: nn.Module) -> set[type]:
+    kinds = (nn.Linear, nn.Embedding, nn.QuantizedLinear, nn.QuantizedEmbedding)
+    return {type(layer) for _, layer in model.named_modules() if isinstance(layer, kinds)}
+
+
+def stay_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "CPU_UNPACKED_BYTES", 100)
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("dtype", [None, "float32", "float16"])
+def test_small_packed_parts_are_unpacked_on_the_cpu(
+    packed_folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | None
+) -> None:
+    plain = Khala.from_pretrained(packed_folder, dtype=dtype)
+    for part in (plain.backbone, plain.superres):
+        assert layer_types(part) == {nn.Linear, nn.Embedding}
+        found = {array.dtype for _, array in tree_flatten(part.parameters())}
+        assert found == {mx.float16 if dtype == "float16" else mx.float32}
+    stay_packed(monkeypatch)
+    packed = Khala.from_pretrained(packed_folder, dtype=dtype)
+    for part in (packed.backbone, packed.superres):
+        assert layer_types(part) == {nn.QuantizedLinear, nn.QuantizedEmbedding}
+    ids, tolerance = np.array([[1, 2, 300, 331]]), 2e-2 if dtype == "float16" else 1e-5
+    assert np.abs(plain.backbone(ids) - packed.backbone(ids)).max() < tolerance
+    rows = np.array([[[1, -1], [300, 320]]])
+    assert np.abs(plain.superres.hidden(rows) - packed.superres.hidden(rows)).max() < tolerance
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("reachable_only", [True, False])
+def test_unpacked_and_packed_models_sing_the_same(
+    packed_folder: Path, monkeypatch: pytest.MonkeyPatch, reachable_only: bool
+) -> None:
+    def sung() -> list[np.ndarray]:
+        khala = Khala.from_pretrained(packed_folder)
+        ids = khala.backbone.generate(
+            np.arange(9), max_tokens=12, top_k=1, key=mx.random.key(0),
+            reachable_only=reachable_only,
+        )  # fmt: skip
+        return [ids, khala.refine(np.arange(5), np.zeros((2, 3), int), top_k=1)]
+
+    plain = sung()
+    stay_packed(monkeypatch)
+    assert all(map(np.array_equal, plain, sung()))
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_the_limit_counts_a_part_as_if_unpacked(
+    packed_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = KhalaConfig.load(packed_folder / "config.json")
+    model = Backbone(config.backbone, config.tokens)
+    size = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    for limit, kind in ((size, nn.Linear), (size - 1, nn.QuantizedLinear)):
+        monkeypatch.setattr(weights, "CPU_UNPACKED_BYTES", limit)
+        assert type(Khala.from_pretrained(packed_folder).backbone.lm_head) is kind
+
+
+def test_packed_layers_stay_packed_on_a_gpu(
+    packed_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = KhalaConfig.load(packed_folder / "config.json")
+    model = Backbone(config.backbone, config.tokens)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    load_part(model, packed_folder, "backbone", config, mx.float32)
+    assert layer_types(model) == {nn.QuantizedLinear, nn.QuantizedEmbedding}
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "reason"), [(7, 32, "quantisation"), (8, 64, "divisible .* size 64")]
+)
+@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
+def test_a_quantisation_that_mlx_lacks_or_the_width_forbids_is_one_sentence(
+    folder: Path, layer: str, bits: int, group_size: int, reason: str
+) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config["quantization"] = {"backbone.lm_head": {"bits": 7, "group_size": 32, "mode": "affine"}}
+    how = {"bits": bits, "group_size": group_size, "mode": "affine"}
+    config["quantization"] = {f"backbone.{layer}": how}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(KhalaError, match="quantisation"):
+    with pytest.raises(KhalaError, match=reason):
         Khala.from_pretrained(folder).backbone(np.array([[1]]))
 
 

@@ -90,5 +90,5 @@ def train_backbone(
     task: Any = BackboneTask(settings, train, valid)
     run = Run(task, settings.schedule, settings.to_dict(), folder)
     figures = run.train(resume=resume, on_progress=on_progress)
-    save_part(folder, "backbone", task.model, settings.backbone)
+    save_part(folder, "backbone", task.model, settings.backbone, settings.tokens)
     return figures

@@ -16,22 +16,22 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from khala_mlx.codec import Codec, Conv, Upsample
+from khala_mlx.codec import Codec
 from khala_mlx.config import CodecConfig
 from khala_mlx.errors import WeightsError
 from khala_mlx.train import losses, rvq
 from khala_mlx.train.data import SPLITS, Sounds
 from khala_mlx.train.loop import Run, save_part
 from khala_mlx.train.settings import CodecTraining
+from khala_mlx.train.start import start_from_components, start_linear
 from khala_mlx.weights import fill_part
 
 _BANDS = 64
 _MEL_WINDOW = 2048
 # Log-mel patches per frame that the auxiliary maps predict.
 _PATCH = 4
-# Output deviations that scale_outputs aims at.
-_RESIDUAL_GAIN = 0.2
-_OUTPUT_GAIN = 0.1
+# Frames whose principal components the codec starts from.
+_START_FRAMES = 2048
 
 
 class Trainee(nn.Module):
@@ -48,7 +48,10 @@ class Trainee(nn.Module):
 class CodecTask:
     """Crops of sound, the loss on them, and the codebooks (see loop.Task)."""
 
-    def __init__(self, settings: CodecTraining, sounds: Sounds, held_out: Sounds) -> None:
+    def __init__(
+        self, settings: CodecTraining, sounds: Sounds, held_out: Sounds, *, fresh: bool = True
+    ) -> None:
+        """`fresh` is False for a run that goes on: its weights come from the checkpoint."""
         self.settings, self.sounds, self.held_out = settings, sounds, held_out
         mx.random.seed(settings.schedule.seed)
         self.model = Trainee(settings)
@@ -56,12 +59,13 @@ class CodecTask:
         codec = self.model.codec
         # Codebooks follow averages; no gradient and no decay may touch them.
         codec.quantizer.freeze()
-        scale_outputs(codec, self._crops(sounds, np.random.default_rng(0), 8))
+        if fresh:
+            self._start()
         mx.eval(self.model.parameters())
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Any]:
         wave = self._crops(self.sounds, rng, self.settings.schedule.batch_size)
-        return {"wave": wave, "layers": self._layers(rng, step), "ear": self._ear(step)}
+        return {"wave": wave, "layers": self._layers(rng, step)}
 
     def loss(self, batch: dict[str, Any]) -> tuple[mx.array, dict[str, mx.array]]:
         s, codec, wave = self.settings, self.model.codec, batch["wave"]
@@ -81,7 +85,8 @@ class CodecTask:
             "latents": mx.stop_gradient(latents),
         }
         total = (
-            batch["ear"] * (s.stft_weight * parts["stft"] + s.aux_weight * parts["aux"])
+            s.stft_weight * parts["stft"]
+            + s.aux_weight * parts["aux"]
             + s.wave_weight * parts["wave"]
             # dB are 4.34 nats of power ratio each: the weight is that of the log ratio.
             - s.snr_weight * parts["snr_db"] / 4.34
@@ -124,10 +129,13 @@ class CodecTask:
         points = self._latents(rng, self.settings.fit_frames)
         rvq.fit(self.model.codec.quantizer, points, self.settings.codec.num_codebooks, rng)
 
-    def _ear(self, step: int) -> float:
-        """Share of the spectral and mel losses: none at first, then rising to all."""
-        s = self.settings
-        return min(1.0, max(0.0, (step - s.phase_steps) / max(1, s.phase_steps)))
+    def _start(self) -> None:
+        count = -(-_START_FRAMES // self.settings.crop_frames)
+        wave = self._crops(self.sounds, np.random.default_rng(0), count)
+        start_from_components(self.model.codec, wave)
+        latents, patches = self.model.codec.encoder(wave), self._patches(wave)
+        start_linear(self.model.from_latents, latents, patches)
+        start_linear(self.model.from_coarse, latents, patches)
 
     def _layers(self, rng: np.random.Generator, step: int) -> int | None:
         drawn = int(rng.choice(self.settings.layer_choices))
@@ -135,7 +143,8 @@ class CodecTask:
 
     def _crops(self, sounds: Sounds, rng: np.random.Generator, count: int) -> mx.array:
         samples = self.settings.crop_frames * self.settings.codec.hop
-        return mx.array(sounds.crops(rng, count, samples))
+        grid = self.settings.codec.hop if self.settings.whole_frames else 1
+        return mx.array(sounds.crops(rng, count, samples, grid))
 
     def _latents(self, rng: np.random.Generator, count: int) -> mx.array:
         """At least `count` latents [n, D] of random crops."""
@@ -148,12 +157,17 @@ class CodecTask:
         return mx.concatenate(collected)[:count]
 
     def _auxiliary(self, latents: mx.array, coarse: mx.array, wave: mx.array) -> mx.array:
-        codec = self.settings.codec
-        hop = codec.hop // _PATCH
-        mel = losses.log_mel(wave.mean(-1), codec.sample_rate, _BANDS, _MEL_WINDOW, hop)
-        target = mel.reshape(*latents.shape[:2], _PATCH * _BANDS)
+        target = self._patches(wave)
         ours = mx.abs(self.model.from_latents(latents) - target).mean()
         return ours + mx.abs(self.model.from_coarse(coarse) - target).mean()
+
+    def _patches(self, wave: mx.array) -> mx.array:
+        """The log-mel patch [B, T, _PATCH * _BANDS] of each frame of wave [B, L, C]."""
+        codec = self.settings.codec
+        mel = losses.log_mel(
+            wave.mean(-1), codec.sample_rate, _BANDS, _MEL_WINDOW, codec.hop // _PATCH
+        )
+        return mel.reshape(wave.shape[0], -1, _PATCH * _BANDS)
 
 
 def mel_correlation(ours: mx.array, target: mx.array, sample_rate: int) -> float:
@@ -164,48 +178,6 @@ def mel_correlation(ours: mx.array, target: mx.array, sample_rate: int) -> float
     ]
     found = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(*pair, strict=True)]
     return float(np.mean(found))
-
-
-class _Scaling(nn.Module):
-    """Stands in for a conv during one pass and scales it to an output deviation of `gain`."""
-
-    def __init__(self, conv: Conv | Upsample, gain: float) -> None:
-        super().__init__()
-        self.conv, self.gain = conv, gain
-
-    def __call__(self, x: mx.array) -> mx.array:
-        out = self.conv(x)
-        factor = self.gain / (mx.sqrt(mx.var(out)) + 1e-6)
-        self.conv.weight = self.conv.weight * factor
-        return out * factor
-
-    @property
-    def weight(self) -> mx.array:
-        """The codec looks at its first convs for their dtype."""
-        return self.conv.weight
-
-
-def scale_outputs(codec: Codec, wave: mx.array) -> None:
-    """Scale every conv by the deviation of its output on a first batch [B, L, C] (LSUV).
-
-    With the default start the decoder ignores the latents for thousands of steps; with unit normal
-    weights it explodes. Residual branches start small, so that the whole is nearly linear and the
-    phase of the sound can be learnt; the last conv starts at the level of music. Biases are 0.
-    """
-    places = [
-        (parent, name)
-        for _, parent in codec.named_modules()
-        for name, child in parent.items()
-        if isinstance(child, (Conv, Upsample))
-    ]
-    for parent, name in places:
-        gain = _RESIDUAL_GAIN if name == "conv2" else 1.0
-        parent[name] = _Scaling(parent[name], gain)
-    codec.decoder.conv_out.gain = _OUTPUT_GAIN
-    mx.eval(codec.decoder(codec.encoder(wave)))
-    for parent, name in places:
-        parent[name] = parent[name].conv
-    mx.eval(codec.parameters())
 
 
 def train_codec(
@@ -228,7 +200,7 @@ def train_codec(
     train, valid = (
         Sounds.of(data / split, config.sample_rate, config.channels) for split in SPLITS
     )
-    task = CodecTask(settings, train, valid)
+    task = CodecTask(settings, train, valid, fresh=not resume)
     run = Run(task, settings.schedule, settings.to_dict(), folder)
     run.train(resume=resume, on_progress=on_progress)
     task.finish(np.random.default_rng([settings.schedule.seed, settings.schedule.steps]))

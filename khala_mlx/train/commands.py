@@ -94,6 +94,51 @@ def prepare(
     report({"folder": str(out), **counts}, as_json)
 
 
+@train.command()
+@click.argument("destination", type=FOLDER, metavar="DEST")
+@click.option("--codec", type=FOLDER, required=True, help="Folder of the finished codec run.")
+@click.option("--backbone", type=FOLDER, required=True, help="The same of the backbone.")
+@click.option("--superres", type=FOLDER, required=True, help="The same of superres.")
+@click.option(
+    "--tokenizer", type=FOLDER, required=True, help="tokenizer.json that they were trained with."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of the language models; the codec is float32.",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(["8", "6", "4"]),
+    help="Pack the language models to so many bits.",
+)
+@click.option(
+    "--group-size", type=click.Choice(["32", "64", "128"]), default="64", show_default=True
+)
+@click.option("--licence", default="Apache-2.0", show_default=True, help="Of the weights.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@command
+def pack(
+    destination: Path, quantize: str | None, group_size: str, as_json: bool, **options: Any
+) -> None:
+    """Put three finished runs into the model folder DEST, for `khala generate --model DEST`."""
+    from khala_mlx.convert import pack as run
+
+    told = run(
+        destination,
+        quantize=int(quantize) if quantize else None,
+        group_size=int(group_size),
+        on_progress=Progress(),
+        **options,
+    )
+    lines = {"folder": told["destination"], "size": f"{told['bytes'] / 1e6:.1f} MB"}
+    for name, part in told["parts"].items():
+        lines[name] = f"{part['parameters'] / 1e6:.2f} M parameters"
+    report(told if as_json else lines, as_json)
+
+
 def _run(work: Callable[..., dict[str, float]], settings: Any, options: dict[str, Any]) -> None:
     progress = Progress()
     figures = work(

@@ -35,13 +35,19 @@ class Sounds:
             raise KhalaError(f"{folder} holds no sound files ({', '.join(SOUNDS)}).")
         return cls({path: soundfile.info(path).frames for path in files}, sample_rate, channels)
 
-    def crops(self, rng: np.random.Generator, count: int, samples: int) -> np.ndarray:
-        """`count` crops [count, samples, C]; shorter files are padded with silence."""
-        return np.stack([self._crop(rng, samples) for _ in range(count)])
+    def crops(
+        self, rng: np.random.Generator, count: int, samples: int, grid: int = 1
+    ) -> np.ndarray:
+        """`count` crops [count, samples, C]; shorter files are padded with silence.
 
-    def _crop(self, rng: np.random.Generator, samples: int) -> np.ndarray:
+        They start at multiples of `grid` samples.
+        """
+        return np.stack([self._crop(rng, samples, grid) for _ in range(count)])
+
+    def _crop(self, rng: np.random.Generator, samples: int, grid: int) -> np.ndarray:
         path = list(self.lengths)[rng.integers(len(self.lengths))]
-        start = int(rng.integers(max(1, self.lengths[path] - samples + 1)))
+        starts = max(0, self.lengths[path] - samples) // grid + 1
+        start = grid * int(rng.integers(starts))
         crop = read_audio(path, self.sample_rate, self.channels, start=start, samples=samples)
         return np.pad(crop, [(0, samples - len(crop)), (0, 0)])
 

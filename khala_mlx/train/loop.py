@@ -20,7 +20,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
-from khala_mlx.config import Strict
+from khala_mlx.config import Strict, TokenLayout
 from khala_mlx.errors import KhalaError
 from khala_mlx.files import appears_whole
 from khala_mlx.train import checkpoint
@@ -147,9 +147,17 @@ def make_optimizer(schedule: Schedule) -> optim.Optimizer:
     )
 
 
-def save_part(folder: Path, part: str, model: nn.Module, config: Strict) -> None:
-    """Write the trained weights as `part`.safetensors, and their sizes as config.json."""
+def save_part(
+    folder: Path, part: str, model: nn.Module, config: Strict, tokens: TokenLayout | None = None
+) -> None:
+    """Write the trained weights as `part`.safetensors, and their sizes as config.json.
+
+    The token layout of a language model goes beside its sizes.
+    """
+    about = {part: config.to_dict()}
+    if tokens is not None:
+        about["tokens"] = tokens.to_dict()
     with appears_whole(folder / f"{part}.safetensors", overwrite=True) as temporary:
         mx.save_safetensors(str(temporary), dict(tree_flatten(model.parameters())))
     with appears_whole(folder / "config.json", overwrite=True) as temporary:
-        temporary.write_text(json.dumps({part: config.to_dict()}, indent=2) + "\n")
+        temporary.write_text(json.dumps(about, indent=2) + "\n")

@@ -73,20 +73,20 @@ class CodecTraining(_FromFile):
     `fit_frames` frames. `aux_weight` scales linear maps from the latents, and from their first
     two layers, to the log-mel spectrum: they put the voice into the coarse codes.
 
-    For `phase_steps` only samples count, then spectra and maps come in over as many steps: from
-    the start they keep the decoder from learning the phase (docs/training.md).
+    With `whole_frames` crops start on the codec's frames. Music whose events keep to that grid then
+    meets the codec in one phase only, and far fewer numbers tell it; other sound loses.
     """
 
     codec: CodecConfig = field(default_factory=CodecConfig)
     schedule: Schedule = field(default_factory=Schedule)
     crop_frames: int = 10
-    phase_steps: int = 300
+    whole_frames: bool = False
     stft_weight: float = 2.0
     wave_weight: float = 0.5
     snr_weight: float = 0.7
     aux_weight: float = 1.0
     commitment_weight: float = 0.25
-    quantise_after: int = 100
+    quantise_after: int = 1
     trained_layers: int = 16
     layer_choices: tuple[int, ...] = (0, 0, 0, 0, 1, 2, 2, 4, 8, 16)
     ema_decay: float = 0.99

@@ -145,5 +145,5 @@ def train_superres(
     task: Any = SuperResTask(settings, train, valid)
     run = Run(task, settings.schedule, settings.to_dict(), folder)
     figures = run.train(resume=resume, on_progress=on_progress)
-    save_part(folder, "superres", task.model, settings.superres)
+    save_part(folder, "superres", task.model, settings.superres, settings.tokens)
     return figures

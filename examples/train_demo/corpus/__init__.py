@@ -6,7 +6,7 @@ models.
 """
 
 from .score import EXTRA_STYLE, MOODS, SAMPLE_RATE, SPLITS, STYLES, SYLLABLES, TEMPOS, split_of
-from .songs import Song, Syllable, song
+from .songs import Song, Syllable, song, whole_frames
 
 TAGS: tuple[str, ...] = (*STYLES, *TEMPOS, *MOODS)
 """The 8 tags of the demo's training; `EXTRA_STYLE` is kept for fine-tuning."""
@@ -24,4 +24,5 @@ __all__ = [
     "Syllable",
     "song",
     "split_of",
+    "whole_frames",
 ]

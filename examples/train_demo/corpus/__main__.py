@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import soundfile
 
-from . import EXTRA_STYLE, SPLITS, STYLES, Song, song
+from . import EXTRA_STYLE, SPLITS, STYLES, Song, song, whole_frames
 
 
 @click.group()
@@ -24,7 +24,14 @@ def main() -> None:
     "--start", type=click.IntRange(min=0), default=0, show_default=True, help="First seed."
 )
 @click.option("--count", type=click.IntRange(min=1), default=100, show_default=True)
-@click.option("--seconds", type=float, default=6.0, show_default=True, help="Length of a song.")
+@click.option(
+    "--seconds",
+    type=float,
+    default=(6.0,),
+    multiple=True,
+    show_default=True,
+    help="Length of a song, rounded up to whole frames of the codec; several take turns.",
+)
 @click.option("--note-seconds", type=float, default=0.5, show_default=True, help="Shortest note.")
 @click.option("--style", type=click.Choice((*STYLES, EXTRA_STYLE)), help="All songs in one style.")
 def write(
@@ -32,7 +39,7 @@ def write(
     split: str,
     start: int,
     count: int,
-    seconds: float,
+    seconds: tuple[float, ...],
     note_seconds: float,
     style: str | None,
 ) -> None:
@@ -42,9 +49,10 @@ def write(
         raise click.ClickException(f"{table} is there already; choose another folder.")
     out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for seed in range(start, start + count):
+    for number, seed in enumerate(range(start, start + count)):
+        length = whole_frames(seconds[number % len(seconds)])
         try:
-            made = song(seed, split, seconds=seconds, style=style, note_seconds=note_seconds)
+            made = song(seed, split, seconds=length, style=style, note_seconds=note_seconds)
         except ValueError as error:
             raise click.ClickException(str(error)) from error
         rows.append({"seed": seed, "split": split, **_save(made, out / f"song_{seed:06d}")})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,11 @@ class Song:
     syllables: tuple[Syllable, ...]
     bpm: float
     key: str
+
+
+def whole_frames(seconds: float) -> float:
+    """`seconds` rounded up to whole frames of the codec (2048 samples)."""
+    return math.ceil(seconds * SAMPLE_RATE / TICK) * TICK / SAMPLE_RATE
 
 
 def song(
