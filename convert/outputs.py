@@ -22,11 +22,12 @@ LARGEST_FILE = 5_000_000_000
 
 @dataclass(frozen=True)
 class Packing:
-    """What a transformer's tensors are stored as."""
+    """What tensors are stored as: the transformers' in `dtype` or packed, the codec's apart."""
 
     dtype: str
     fc1_scale: float = 1.0
     quantization: Quantization | None = None
+    codec_dtype: str = "float32"
 
     def packs(self, tensor: Tensor) -> bool:
         """Whether a tensor is quantised: matrices whose rows divide into groups."""
@@ -47,9 +48,9 @@ def transformer_outputs(part: Part[Any], packing: Packing) -> list[Output]:
     return outputs
 
 
-def codec_outputs(part: Part[Any]) -> list[Output]:
-    """Every tensor of the codec, float32: rounding its weights is heard."""
-    return [_whole(name, tensor) for name, tensor in part.tensors.items()]
+def codec_outputs(part: Part[Any], packing: Packing) -> list[Output]:
+    """Every tensor of the codec; it computes in float32 whatever it is stored in."""
+    return [_whole(name, tensor, packing.codec_dtype) for name, tensor in part.tensors.items()]
 
 
 def packed_layers(part: Part[Any], packing: Packing) -> dict[str, Quantization]:
@@ -98,11 +99,11 @@ def _plain(name: str, tensor: Tensor, dtype: str, scale: float) -> Output:
     return Output((Entry(name, dtype, tensor.shape),), make)
 
 
-def _whole(name: str, tensor: Tensor) -> Output:
+def _whole(name: str, tensor: Tensor, dtype: str) -> Output:
     def make() -> Iterator[np.ndarray]:
-        yield to_float32(tensor.whole(), tensor)
+        yield narrow(to_float32(tensor.whole(), tensor), dtype, tensor.name)
 
-    return Output((Entry(name, "float32", tensor.shape),), make)
+    return Output((Entry(name, dtype, tensor.shape),), make)
 
 
 def _converted(tensor: Tensor, start: int, stop: int, dtype: str, scale: float) -> np.ndarray:

@@ -25,6 +25,7 @@ from khala_mlx.names import listed, shown
 BITS = (4, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 FC1_BIASES = ("double", "single")
+CODEC_DTYPES = ("float32", "float16")
 # The licence of this package: whoever trains a model of their own may choose another.
 OWN_LICENCE = "Apache-2.0"
 
@@ -34,6 +35,7 @@ def convert(
     destination: str | Path,
     *,
     dtype: str = "bfloat16",
+    codec_dtype: str = "float32",
     quantize: int | None = None,
     group_size: int = 64,
     tokenizer: str | Path | None = None,
@@ -46,7 +48,8 @@ def convert(
         source: a folder in upstream's or in Vinpolar's layout, a model folder, or a repository
             on the Hugging Face Hub.
         destination: the folder to make; it must not exist.
-        dtype: of the language models: bfloat16, float16 or float32. The codec is float32.
+        dtype: of the language models: bfloat16, float16 or float32.
+        codec_dtype: what the codec is stored in, float32 or float16; it computes in float32.
         quantize: bits per weight of the language models' matrices (4, 6 or 8), or None.
         group_size: weights that share a scale (32, 64 or 128).
         tokenizer: a tokenizer.json, a folder or repository with one; by default the one beside
@@ -60,7 +63,7 @@ def convert(
     Raises:
         KhalaError: in one sentence; nothing is left at `destination`.
     """
-    _check_options(dtype, quantize, group_size, fc1_bias)
+    _check_options(dtype, codec_dtype, quantize, group_size, fc1_bias)
 
     def work(folder: Path) -> dict[str, Any]:
         with _naming_the_source():
@@ -71,6 +74,7 @@ def convert(
             dtype,
             _fc1_scale(opened, found),
             Quantization(quantize, group_size) if quantize else None,
+            codec_dtype,
         )
         config = _config(opened, packing, found)
         tokens = find_tokenizer(tokenizer, located.root, config.tokens)
@@ -87,6 +91,7 @@ def pack(
     superres: str | Path,
     tokenizer: str | Path,
     dtype: str = "float32",
+    codec_dtype: str = "float32",
     quantize: int | None = None,
     group_size: int = 64,
     licence: str = OWN_LICENCE,
@@ -102,13 +107,14 @@ def pack(
 
     The other arguments, the report and the errors are those of `convert`.
     """
-    _check_options(dtype, quantize, group_size, None)
+    _check_options(dtype, codec_dtype, quantize, group_size, None)
     if not licence.strip() or not licence.isprintable():
         raise ConvertError("licence has to be one line of text.")
     runs = {"codec": Path(codec), "backbone": Path(backbone), "superres": Path(superres)}
 
     def work(folder: Path) -> dict[str, Any]:
-        packing = Packing(dtype, 1.0, Quantization(quantize, group_size) if quantize else None)
+        how = Quantization(quantize, group_size) if quantize else None
+        packing = Packing(dtype, 1.0, how, codec_dtype)
         with _naming_the_source():
             opened = trained.open_runs(runs, licence)
             trained.require_whole_packing(opened, packing)
@@ -141,9 +147,12 @@ def _naming_the_source() -> Iterator[None]:
         raise ConvertError(f"The source cannot be read: {error.strerror}.") from error
 
 
-def _check_options(dtype: str, quantize: int | None, group_size: int, fc1_bias: str | None) -> None:
+def _check_options(
+    dtype: str, codec_dtype: str, quantize: int | None, group_size: int, fc1_bias: str | None
+) -> None:
     for name, value, known in (
         ("dtype", dtype, DTYPES),
+        ("codec_dtype", codec_dtype, CODEC_DTYPES),
         ("quantize", quantize, (None, *BITS)),
         ("group_size", group_size, GROUP_SIZES),
         ("fc1_bias", fc1_bias, (None, *FC1_BIASES)),

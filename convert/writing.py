@@ -24,7 +24,8 @@ def write_part(
     part: Part[Any], packing: Packing, located: Located, folder: Path, on_progress: Progress | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Check a part's sources, then convert them while they are in the page cache."""
-    outputs = codec_outputs(part) if part.name == "codec" else transformer_outputs(part, packing)
+    outputs_of = codec_outputs if part.name == "codec" else transformer_outputs
+    outputs = outputs_of(part, packing)
     extents = {extent for tensor in part.tensors.values() for extent in tensor.extents}
     sources = sorted({extent.path for extent in extents} | set(part.files))
     total = sum(_size(path) for path in sources) + sum(output.bytes for output in outputs)

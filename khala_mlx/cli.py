@@ -138,6 +138,13 @@ def generate(**options: Any) -> None:
     show_default=True,
 )
 @click.option(
+    "--codec-dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="What the codec is stored in; it computes in float32.",
+)
+@click.option(
     "--quantize",
     type=click.Choice(["4", "6", "8"]),
     help="Pack the language models to so many bits.",
@@ -162,6 +169,7 @@ def convert(
     source: str,
     destination: Path,
     dtype: str,
+    codec_dtype: str,
     quantize: str | None,
     group_size: str,
     tokenizer: str | None,
@@ -180,6 +188,7 @@ def convert(
         source,
         destination,
         dtype=dtype,
+        codec_dtype=codec_dtype,
         quantize=int(quantize) if quantize else None,
         group_size=int(group_size),
         tokenizer=tokenizer,

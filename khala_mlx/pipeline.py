@@ -344,7 +344,7 @@ class Khala:
 
     def _part(self, name: str, build: Callable[[KhalaConfig], Loaded]) -> Loaded:
         if name not in self._parts:
-            dtype = None if name == "codec" else getattr(mx, self.dtype)
+            dtype = mx.float32 if name == "codec" else getattr(mx, self.dtype)
             model = build(self.config)
             self._parts[name] = load_part(model, self.folder, name, self.config, dtype)
         part: Loaded = self._parts[name]

@@ -222,7 +222,7 @@ def test_crops_are_drawn_alike_and_padded(sounds: Path) -> None:
     assert np.array_equal(first, again)
     whole, grid = found.crops(np.random.default_rng(0), 1, 2 * 44100 // 128 * 128), 128
     aligned = found.crops(np.random.default_rng(3), 1, 1000, grid)[0]
-    starts = [s for s in range(0, len(whole[0]) - 1000, grid)]
+    starts = range(0, len(whole[0]) - 1000, grid)
     files = [found.crops(np.random.default_rng(n), 1, 88200)[0] for n in range(8)]
     assert any(np.array_equal(f[s : s + 1000], aligned) for f in files for s in starts)
     longer = found.crops(np.random.default_rng(3), 1, 200000)

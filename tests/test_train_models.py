@@ -104,6 +104,13 @@ def test_a_killed_superres_run_goes_on_exactly(data: Path, trained: Path, tmp_pa
     assert (tmp_path / "whole" / "loss.png").exists()
 
 
+def test_a_run_can_start_from_another(data: Path, trained: Path, tmp_path: Path) -> None:
+    settings = dataclasses.replace(backbone_settings(), start=str(trained))
+    train_backbone(settings, data, tmp_path / "more")
+    first, last = log(trained)[0], log(trained)[-1]
+    assert log(tmp_path / "more")[0]["loss"] < (first["loss"] + last["loss"]) / 2
+
+
 def test_a_run_tells_its_sizes_and_its_token_layout(data: Path, trained: Path) -> None:
     about = json.loads((trained / "config.json").read_text())
     assert about == {"backbone": BackboneConfig.tiny().to_dict(), "tokens": LAYOUT.to_dict()}

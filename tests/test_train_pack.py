@@ -117,6 +117,19 @@ def test_a_packed_model_can_be_converted_again(finished: Path, tmp_path: Path) -
     assert "trained with `khala train`" in text
 
 
+def test_a_codec_in_half_precision_computes_in_float32(finished: Path, tmp_path: Path) -> None:
+    result = command(finished, tmp_path / "half", "--codec-dtype", "float16")
+    assert result.exit_code == 0, result.stderr
+    pack(tmp_path / "full", **sources(finished))
+    stored = mx.load(str(tmp_path / "half" / "codec.safetensors"))
+    assert {array.dtype for array in stored.values()} == {mx.float16}
+    half, full = (Khala.from_pretrained(tmp_path / name) for name in ("half", "full"))
+    assert half.codec.encoder.conv_in.weight.dtype == mx.float32
+    codes = np.zeros((CONFIG.codec.num_codebooks, 3), dtype=np.int64)
+    close = np.abs(half.codec.decode(codes) - full.codec.decode(codes)).max()
+    assert 0 < close < 0.01 * np.abs(full.codec.decode(codes)).max()
+
+
 def test_dtype_and_quantisation(finished: Path, tmp_path: Path) -> None:
     options = ["--dtype", "float16", "--quantize", "8", "--group-size", "32", "--json"]
     result = command(finished, tmp_path / "model", *options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from khala_mlx.train.loop import Run, save_part
 from khala_mlx.train.sequences import Example, padded, read_examples
 from khala_mlx.train.settings import BackboneTraining
 from khala_mlx.transformer import Transformer
+from khala_mlx.weights import fill_part
 
 
 def audio_loss(model: Transformer, layout: TokenLayout, rows: mx.array) -> mx.array:
@@ -43,12 +45,17 @@ class BackboneTask:
         mx.random.seed(settings.schedule.seed)
         self.model = Backbone(settings.backbone, settings.tokens)
         mx.eval(self.model.parameters())
+        if settings.start:
+            fill_part(self.model, Path(settings.start), "backbone").train()
+        self.by_length = _by_length(train, settings.tokens)
         self.state: dict[str, mx.array] = {}
 
     def batch(self, rng: np.random.Generator, step: int) -> mx.array:
-        count = min(self.settings.schedule.batch_size, len(self.train))
-        chosen = rng.choice(len(self.train), count, replace=False)
-        return self._rows([self.train[index] for index in chosen])
+        # One group a batch, drawn by its size: hardly any padding, every song as likely.
+        sizes = np.array([len(group) for group in self.by_length], dtype=np.float64)
+        group = self.by_length[rng.choice(len(sizes), p=sizes / sizes.sum())]
+        count = min(self.settings.schedule.batch_size, len(group))
+        return self._rows([group[index] for index in rng.choice(len(group), count, replace=False)])
 
     def loss(self, batch: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
         return audio_loss(self.model, self.layout, batch), {}
@@ -66,6 +73,14 @@ class BackboneTask:
 
     def _rows(self, examples: list[Example]) -> mx.array:
         return mx.array(padded([each.coarse_sequence(self.layout) for each in examples]))
+
+
+def _by_length(examples: list[Example], layout: TokenLayout) -> list[list[Example]]:
+    """Songs whose sequences are padded alike."""
+    groups: dict[int, list[Example]] = defaultdict(list)
+    for example in examples:
+        groups[padded([example.coarse_sequence(layout)]).shape[1]].append(example)
+    return [groups[length] for length in sorted(groups)]
 
 
 def train_backbone(

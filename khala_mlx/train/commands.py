@@ -107,7 +107,14 @@ def prepare(
     type=click.Choice(["float32", "float16", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="Of the language models; the codec is float32.",
+    help="Of the language models.",
+)
+@click.option(
+    "--codec-dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="What the codec is stored in; it computes in float32.",
 )
 @click.option(
     "--quantize",

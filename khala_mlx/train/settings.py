@@ -102,11 +102,15 @@ class CodecTraining(_FromFile):
 
 @dataclass(frozen=True)
 class BackboneTraining(_FromFile):
-    """Training of the backbone: next-token prediction, loss on the audio tokens only."""
+    """Training of the backbone: next-token prediction, loss on the audio tokens only.
+
+    `start` is the folder of a finished run whose weights to start from; "" starts from scratch.
+    """
 
     tokens: TokenLayout = field(default_factory=TokenLayout)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     schedule: Schedule = field(default_factory=Schedule)
+    start: str = ""
 
 
 @dataclass(frozen=True)
