@@ -250,6 +250,7 @@ def test_settings_from_a_file(tmp_path: Path) -> None:
         ('{"schedule": {"steps": 0}}', "steps has to be above 0"),
         ('{"schedule": {"betas": [0.5]}}', "betas"),
         ('{"schedule": {"learning_rate": -1}}', "learning_rate"),
+        ('{"schedule": {"keep_every": -1}}', "keep_every"),
         ('{"trained_layers": 65}', "trained_layers"),
         ('{"layer_choices": [17]}', "layer_choices"),
         ("[]", "has to be an object"),

@@ -23,6 +23,7 @@ from khala_mlx.train.superres import (
     SuperResTask,
     refine_loss,
     start_from_backbone,
+    start_from_codebooks,
     train_superres,
 )
 
@@ -100,13 +101,15 @@ def test_a_killed_superres_run_goes_on_exactly(data: Path, trained: Path, tmp_pa
         train_superres(settings, data, tmp_path / "cut", on_progress=kill_at(8))
     train_superres(settings, data, tmp_path / "cut", resume=True)
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
-    assert {"refine_loss", "align_loss", "layer"} <= set(log(tmp_path / "whole")[0])
+    assert {"refine_loss", "align_loss"} <= set(log(tmp_path / "whole")[0])
     assert (tmp_path / "whole" / "loss.png").exists()
 
 
 def test_a_run_can_start_from_another(data: Path, trained: Path, tmp_path: Path) -> None:
-    settings = dataclasses.replace(backbone_settings(), start=str(trained))
+    settings = dataclasses.replace(backbone_settings(keep_every=5), start=str(trained))
     train_backbone(settings, data, tmp_path / "more")
+    kept = sorted(path.name for path in (tmp_path / "more").glob("weights-*"))
+    assert kept[:2] == ["weights-000005.safetensors", "weights-000010.safetensors"]
     first, last = log(trained)[0], log(trained)[-1]
     assert log(tmp_path / "more")[0]["loss"] < (first["loss"] + last["loss"]) / 2
 
@@ -163,8 +166,31 @@ def test_the_refine_loss_is_that_of_generations_rows() -> None:
     hidden = mx.array(model.hidden(rows)[0, 5:])
     logits = hidden @ model.lm_head.weight[slice(*tokens.window(LAYOUT, layer))].T
     nats = mx.logsumexp(logits, axis=-1) - logits[mx.arange(7), mx.array(codes[layer])]
-    ours = refine_loss(model, mx.array(prompt[None]), mx.array(codes[None]), layer)
+    ours = refine_loss(model, mx.array(prompt[None]), mx.array(codes[None]), [layer])
     assert ours.item() == pytest.approx(nats.mean().item(), abs=1e-5)
+    pair = [mx.array(np.stack([array] * 2)) for array in (prompt, codes)]
+    one, other, both = (refine_loss(model, *pair, at).item() for at in ([5, 5], [2, 2], [5, 2]))
+    assert one == pytest.approx(ours.item(), abs=1e-5)
+    assert both == pytest.approx((one + other) / 2, abs=1e-5)
+
+
+def test_fine_rows_start_as_codebooks() -> None:
+    """The sum over layers has the geometry of the latents; every layer's head has one spread."""
+    model = SuperRes(SuperResConfig.tiny(), LAYOUT)
+    scales = mx.array(0.8 ** np.arange(8, dtype=np.float32))[:, None, None]
+    codebooks = mx.random.normal((8, 16, 6)) * scales
+    coarse = mx.array(model.embed_tokens.weight[: LAYOUT.backbone_vocab])
+    start_from_codebooks(model, codebooks)
+    assert mx.array_equal(model.embed_tokens.weight[: LAYOUT.backbone_vocab], coarse).item()
+    rows = np.array(model.embed_tokens.weight[LAYOUT.backbone_vocab :])
+    fine = np.array(codebooks[2:]).reshape(-1, 6)
+    assert np.linalg.matrix_rank(rows, tol=1e-3) == 6
+    back = np.linalg.lstsq(rows, fine, rcond=None)[0]
+    assert np.allclose(rows @ back, fine, atol=1e-3)
+    heads = np.array(model.lm_head.weight[LAYOUT.backbone_vocab :]).reshape(6, -1)
+    assert np.allclose(heads.std(axis=1), np.array(model.lm_head.weight[:332]).std(), rtol=1e-3)
+    with pytest.raises(KhalaError, match=r"has \[8, 15\] codebooks"):
+        start_from_codebooks(model, codebooks[:, :15])
 
 
 def test_superres_starts_as_the_backbone(data: Path, trained: Path) -> None:

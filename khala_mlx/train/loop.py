@@ -91,6 +91,8 @@ class Run:
                 entry |= {f"valid_{name}": value for name, value in figures.items()}
             entry["seconds"] = round(time.perf_counter() - began, 4)
             self._log(entry)
+            if self.schedule.keep_every and done % self.schedule.keep_every == 0:
+                save_weights(self.folder / f"weights-{done:06d}.safetensors", self.task.model)
             if done % self.schedule.checkpoint_every == 0 or done == self.schedule.steps:
                 self._save(done, optimizer)
             if on_progress is not None:
@@ -147,6 +149,12 @@ def make_optimizer(schedule: Schedule) -> optim.Optimizer:
     )
 
 
+def save_weights(path: Path, model: nn.Module) -> None:
+    """All parameters as a safetensors file that appears whole."""
+    with appears_whole(path, overwrite=True) as temporary:
+        mx.save_safetensors(str(temporary), dict(tree_flatten(model.parameters())))
+
+
 def save_part(
     folder: Path, part: str, model: nn.Module, config: Strict, tokens: TokenLayout | None = None
 ) -> None:
@@ -157,7 +165,6 @@ def save_part(
     about = {part: config.to_dict()}
     if tokens is not None:
         about["tokens"] = tokens.to_dict()
-    with appears_whole(folder / f"{part}.safetensors", overwrite=True) as temporary:
-        mx.save_safetensors(str(temporary), dict(tree_flatten(model.parameters())))
+    save_weights(folder / f"{part}.safetensors", model)
     with appears_whole(folder / "config.json", overwrite=True) as temporary:
         temporary.write_text(json.dumps(about, indent=2) + "\n")

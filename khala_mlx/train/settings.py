@@ -16,6 +16,7 @@ class Schedule(Strict):
     """Length, optimiser and bookkeeping of a run; everything random follows from `seed` and step.
 
     The learning rate rises over `warmup` steps and falls on a cosine to `final_fraction` of it.
+    Every `keep_every` steps (0: never) the weights are kept as weights-STEP.safetensors.
     """
 
     steps: int = 1000
@@ -29,6 +30,7 @@ class Schedule(Strict):
     seed: int = 0
     checkpoint_every: int = 200
     validate_every: int = 200
+    keep_every: int = 0
 
     def __post_init__(self) -> None:
         self.check_types("schedule")
@@ -37,8 +39,10 @@ class Schedule(Strict):
                 raise ConfigError(f"schedule: {name} has to be above 0.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError("schedule: betas have to be two numbers from 0 to below 1.")
-        if self.learning_rate <= 0 or self.clip_norm <= 0 or self.warmup < 0:
+        if self.learning_rate <= 0 or self.clip_norm <= 0:
             raise ConfigError("schedule: learning_rate and clip_norm have to be above 0.")
+        if self.warmup < 0 or self.keep_every < 0:
+            raise ConfigError("schedule: warmup and keep_every have to be 0 or above.")
 
 
 class _FromFile(Strict):
@@ -121,6 +125,8 @@ class SuperResTraining(_FromFile):
         align_weight: weight of the causal alignment objective; 0 leaves the full-attention
             refinement alone.
         backbone: folder of a trained backbone to start from; "" starts from scratch.
+        codec: folder of the codec run whose codebooks the rows of the fine layers start from; ""
+            starts them at random.
     """
 
     tokens: TokenLayout = field(default_factory=TokenLayout)
@@ -128,3 +134,4 @@ class SuperResTraining(_FromFile):
     schedule: Schedule = field(default_factory=Schedule)
     align_weight: float = 0.5
     backbone: str = ""
+    codec: str = ""

@@ -1,13 +1,13 @@
 """Training of superres with hybrid attention, started from a trained backbone (paper section 4).
 
-Every step mixes two objectives on the same songs: full-attention refinement, which predicts one
-randomly drawn layer from the layers before it, and the backbone's own causal next-token task,
-which keeps the alignment of words and sound that the backbone has learnt.
+Every step mixes two objectives on the same songs: full-attention refinement, which predicts a
+randomly drawn layer of each from the layers before it, and the backbone's own causal next-token
+task, which keeps the alignment of words and sound that the backbone has learnt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +20,36 @@ from khala_mlx import tokens
 from khala_mlx.errors import KhalaError
 from khala_mlx.superres import SuperRes
 from khala_mlx.train.backbone import audio_loss
+from khala_mlx.train.codec import load_codec
 from khala_mlx.train.loop import Run, save_part
 from khala_mlx.train.sequences import Alike, Example, padded, read_examples
 from khala_mlx.train.settings import SuperResTraining
-from khala_mlx.transformer import projector
 from khala_mlx.weights import part_files, read_tensors
 
 
-def refine_loss(model: SuperRes, prompts: mx.array, codes: mx.array, layer: int) -> mx.array:
-    """Mean nats of codes [B, layer + 1, T] at `layer`, given the layers before and prompts [B, P].
+def refine_loss(
+    model: SuperRes, prompts: mx.array, codes: mx.array, layers: Sequence[int]
+) -> mx.array:
+    """Mean nats of codes [B, K, T] at one layer for each song, given the layers before it.
 
-    The rows are those of generation: the marker in the last prompt row, sums in the audio rows.
+    The rows are those of generation: prompts [B, P] with the marker in the last row, then sums of
+    the known layers.
     """
-    layout = model.layout
-    marker = mx.full((prompts.shape[0], 1), tokens.marker(layout, layer))
-    text = model.embed(mx.concatenate([prompts[:, :-1], marker], axis=1))
-    audio = model.embed(codes[:, 0] + tokens.window(layout, 0)[0])
-    for known in range(1, layer):
-        audio = audio + model.embed(codes[:, known] + tokens.window(layout, known)[0])
+    layout, weight = model.layout, model.lm_head.weight
+    markers = mx.array([[tokens.marker(layout, layer)] for layer in layers])
+    text = model.embed(mx.concatenate([prompts[:, :-1], markers], axis=1))
+    starts = mx.array([tokens.window(layout, layer)[0] for layer in range(layout.num_codebooks)])
+    ids = codes + starts[:, None]
+    # One gather for all songs and layers: the gradient of each is as large as the table.
+    known = model.embed(mx.concatenate([ids[song, :n] for song, n in enumerate(layers)]))
+    songs = mx.split(known, np.cumsum(layers)[:-1].tolist())
+    audio = mx.stack([layers_of_one.sum(axis=0) for layers_of_one in songs])
     rows = mx.concatenate([text, audio], axis=1).astype(model.dtype)
     hidden = model.body(rows, causal=False, start=prompts.shape[1])
-    logits = projector(model.lm_head, slice(*tokens.window(layout, layer)))(hidden)
-    return nn.losses.cross_entropy(logits, codes[:, layer], reduction="mean")
+    chosen = starts[mx.array(layers)][:, None] + mx.arange(layout.codebook_size)
+    logits = (hidden @ weight[chosen].swapaxes(1, 2)).astype(mx.float32)
+    targets = mx.stack([codes[song, layer] for song, layer in enumerate(layers)])
+    return nn.losses.cross_entropy(logits, targets, reduction="mean")
 
 
 def start_from_backbone(model: SuperRes, folder: Path) -> None:
@@ -70,8 +78,35 @@ def start_from_backbone(model: SuperRes, folder: Path) -> None:
     mx.eval(model.parameters())
 
 
+def start_from_codebooks(model: SuperRes, codebooks: mx.array) -> None:
+    """Set the rows of the fine layers to random projections of the codec's codebooks [K, N, D].
+
+    The sum over known layers is then a projection of the latents they stand for, and codes that
+    sound alike start alike. One scale for all layers going in, as latents add up; unit scale for
+    each coming out.
+
+    Raises:
+        KhalaError: if the codebooks are not those of the token layout.
+    """
+    layout = model.layout
+    wanted = (layout.num_codebooks, layout.codebook_size)
+    if codebooks.shape[:2] != wanted:
+        raise KhalaError(
+            f"The codec has {list(codebooks.shape[:2])} codebooks and rows, the token layout says "
+            f"{list(wanted)}."
+        )
+    fine = codebooks[layout.num_coarse :].astype(mx.float32)
+    for table, together in ((model.embed_tokens, True), (model.lm_head, False)):
+        coarse = table.weight[: layout.backbone_vocab]
+        rows = fine @ mx.random.normal((fine.shape[-1], coarse.shape[-1]))
+        spread = mx.std(rows[:1] if together else rows, axis=(1, 2), keepdims=True)
+        rows = (rows * (mx.std(coarse) / spread)).reshape(-1, coarse.shape[-1])
+        table.weight = mx.concatenate([coarse, rows.astype(coarse.dtype)])
+    mx.eval(model.parameters())
+
+
 class SuperResTask:
-    """A drawn layer of songs of one shape, and their coarse codes (see loop.Task)."""
+    """Songs of one shape, a drawn layer for each, and their coarse codes (see loop.Task)."""
 
     def __init__(
         self, settings: SuperResTraining, train: list[Example], valid: list[Example]
@@ -83,17 +118,19 @@ class SuperResTask:
         mx.eval(self.model.parameters())
         if settings.backbone:
             start_from_backbone(self.model, Path(settings.backbone))
+        if settings.codec:
+            codec = load_codec(Path(settings.codec))
+            start_from_codebooks(self.model, codec.quantizer.codebooks)
         self.state: dict[str, mx.array] = {}
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Any]:
         chosen = self.train.draw(rng, self.settings.schedule.batch_size)
-        layer = int(rng.integers(self.layout.num_coarse, self.layout.num_codebooks))
-        return {"layer": layer, **self._arrays(chosen)}
+        fine = (self.layout.num_coarse, self.layout.num_codebooks)
+        return {"layers": rng.integers(*fine, len(chosen)).tolist(), **self._arrays(chosen)}
 
     def loss(self, batch: dict[str, Any]) -> tuple[mx.array, dict[str, mx.array]]:
-        layer = batch["layer"]
-        refine = refine_loss(self.model, batch["prompts"], batch["codes"], layer)
-        parts = {"refine_loss": refine, "layer": mx.array(layer)}
+        refine = refine_loss(self.model, batch["prompts"], batch["codes"], batch["layers"])
+        parts = {"refine_loss": refine}
         if not self.settings.align_weight:
             return refine, parts
         align = audio_loss(self.model, self.layout, batch["coarse"])
@@ -112,9 +149,11 @@ class SuperResTask:
     def by_layer(self, songs: int = 8) -> dict[int, float]:
         """Held-out nats of refinement for each layer, on the same songs."""
         batch = self._arrays(self.valid.draw(np.random.default_rng(0), songs))
-        layers = range(self.layout.num_coarse, self.layout.num_codebooks)
         prompts, codes = batch["prompts"], batch["codes"]
-        return {each: float(refine_loss(self.model, prompts, codes, each)) for each in layers}
+        return {
+            layer: float(refine_loss(self.model, prompts, codes, [layer] * len(codes)))
+            for layer in range(self.layout.num_coarse, self.layout.num_codebooks)
+        }
 
     def _arrays(self, examples: list[Example]) -> dict[str, mx.array]:
         return {

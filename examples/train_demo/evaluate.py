@@ -1,0 +1,218 @@
+"""The figures of docs/demo-model.md: codec, songs, superres.
+
+    python evaluate.py codec MODEL
+    python evaluate.py songs MODEL JUDGE [--backbone RUN/weights-000300.safetensors]
+    python evaluate.py superres MODEL
+    python evaluate.py pictures MODEL OUT
+
+Each prints one JSON object. All songs and prompts are of the test split, which no training saw.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import mlx.core as mx
+import numpy as np
+from corpus import SAMPLE_RATE, Song, song, whole_frames
+from judge import judge_songs, load_judge, score
+
+from khala_mlx import Khala
+from khala_mlx.train import losses
+from khala_mlx.train.codec import mel_correlation
+
+DOUBLINGS = (1, 2, 4, 8, 16, 32, 64)
+_SECONDS = 6.0
+# Prompts of four to eight syllables are sung in six to nine seconds.
+_PROMPT_SECONDS = (6.0, 9.0)
+_SYLLABLES = range(4, 9)
+_SECONDS_MARGIN = 3.0
+
+
+def held_out(count: int) -> list[Song]:
+    """Songs of the test split."""
+    length = whole_frames(_SECONDS)
+    return [song(seed, "test", seconds=length) for seed in range(count)]
+
+
+def prompts(count: int) -> list[Song]:
+    """Songs of the test split with four to eight syllables, six and nine seconds in turn."""
+    found: list[Song] = []
+    seed = 50_000
+    while len(found) < count:
+        length = whole_frames(_PROMPT_SECONDS[len(found) % len(_PROMPT_SECONDS)])
+        drawn = song(seed, "test", seconds=length)
+        if len(drawn.syllables) in _SYLLABLES:
+            found.append(drawn)
+        seed += 1
+    return found
+
+
+@click.group()
+def main() -> None:
+    """Measure a demo model on songs and prompts it has never seen."""
+
+
+@main.command()
+@click.argument("model")
+@click.option("--clips", default=50, show_default=True)
+def codec(model: str, clips: int) -> None:
+    """SNR, log-mel correlation and codebook use by number of layers."""
+    khala = Khala.from_pretrained(model)
+    table = {k: {"snr_db": 0.0, "mel_correlation": 0.0} for k in DOUBLINGS}
+    all_codes = []
+    for each in held_out(clips):
+        codes = khala.codec.encode(each.waveform)
+        all_codes.append(codes)
+        for layers, row in table.items():
+            ours = mx.array(khala.codec.decode(codes[:layers]))[None]
+            target = mx.array(each.waveform)[None]
+            row["snr_db"] += float(losses.snr_db(ours, target).mean()) / clips
+            row["mel_correlation"] += mel_correlation(ours, target, SAMPLE_RATE) / clips
+    codes = np.concatenate(all_codes, axis=1)
+    size = khala.config.tokens.codebook_size
+    used = [round(len(np.unique(layer)) / size, 3) for layer in codes]
+    _print({"clips": clips, "layers": table, "codebook_use": used})
+
+
+@main.command()
+@click.argument("model")
+@click.argument("judge", type=click.Path(path_type=Path))
+@click.option("--count", default=100, show_default=True)
+@click.option("--backbone", type=click.Path(path_type=Path), help="Other weights, kept in a run.")
+@click.option("--temperature", default=None, type=float)
+@click.option("--top-k", default=None, type=int)
+@click.option("--coarse", is_flag=True, help="Decode the two coarse layers; leave superres out.")
+@click.option("--keep", type=click.Path(path_type=Path), help="Write the songs as wav there.")
+def songs(
+    model: str,
+    judge: Path,
+    count: int,
+    backbone: Path | None,
+    temperature: float | None,
+    top_k: int | None,
+    coarse: bool,
+    keep: Path | None,
+) -> None:
+    """Syllables and style that the judge hears in generated songs, and in the truth."""
+    khala, jury, truth = Khala.from_pretrained(model), load_judge(judge), prompts(count)
+    if backbone is not None:
+        khala.backbone.load_weights(str(backbone), strict=True)
+    sampling = {"temperature": temperature, "top_k": top_k}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    began, waves = time.perf_counter(), []
+    for seed, each in enumerate(truth):
+        seconds = len(each.waveform) / SAMPLE_RATE + _SECONDS_MARGIN
+        waves.append(_generate(khala, each, seed, seconds, sampling, coarse))
+    taken = time.perf_counter() - began
+    figures = {
+        "seconds_per_song": round(taken / count, 2),
+        "generated": score(judge_songs(jury, waves), truth),
+        "truth": score(judge_songs(jury, [each.waveform for each in truth]), truth),
+        "truth_through_codec": score(judge_songs(jury, _decoded(khala, truth, 64)), truth),
+        "truth_through_2_layers": score(judge_songs(jury, _decoded(khala, truth, 2)), truth),
+        "length": {
+            "generated": round(float(np.mean([len(w) for w in waves])) / SAMPLE_RATE, 2),
+            "truth": round(float(np.mean([len(t.waveform) for t in truth])) / SAMPLE_RATE, 2),
+        },
+    }
+    if keep is not None:
+        _write(keep, waves, truth)
+    _print(figures)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--clips", default=20, show_default=True)
+def superres(model: str, clips: int) -> None:
+    """Log-spectral distance to the truth by refined layers, coarse codes given."""
+    khala = Khala.from_pretrained(model)
+    refined = dict.fromkeys(DOUBLINGS[1:], 0.0)
+    true = dict.fromkeys(DOUBLINGS[1:], 0.0)
+    for seed, each in enumerate(held_out(clips)):
+        codes = khala.codec.encode(each.waveform)
+        _, ids = khala.prompt_ids(tags=each.tags, lyrics=each.lyrics)
+        ours = khala.refine(ids, codes[:2], seed=seed)
+        for layers in refined:
+            for table, source in ((refined, ours), (true, codes)):
+                wave = khala.codec.decode(source[:layers])
+                table[layers] += log_spectral_distance(wave, each.waveform) / clips
+    _print({"clips": clips, "refined_db": refined, "true_codes_db": true})
+
+
+@main.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+def pictures(model: str, out: Path) -> None:
+    """Spectrograms: a test song, the same through the codec, and one generated from its prompt."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    khala, each = Khala.from_pretrained(model), prompts(1)[0]
+    codes = khala.codec.encode(each.waveform)
+    rows = [
+        ("corpus song", each.waveform),
+        ("through the codec, 64 layers", khala.codec.decode(codes)),
+        ("through the codec, 2 layers", khala.codec.decode(codes[:2])),
+        ("generated from the same prompt", _generate(khala, each, 0, 12.0, {}, coarse=False)),
+    ]
+    figure, axes = pyplot.subplots(len(rows), 1, figsize=(8, 9), layout="constrained")
+    for axis, (title, wave) in zip(axes, rows, strict=True):
+        mel = np.array(losses.log_mel(mx.array(wave)[None].mean(-1), SAMPLE_RATE, 96, 2048, 512))[0]
+        extent = (0, len(wave) / SAMPLE_RATE, 0, 96)
+        axis.imshow(mel.T, origin="lower", aspect="auto", extent=extent, cmap="magma")
+        axis.set(title=title, ylabel="mel band")
+    axes[-1].set(xlabel=f"seconds; lyrics: {each.lyrics.replace(chr(10), ' / ')} ({each.tags})")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=80)
+    click.echo(str(out))
+
+
+def log_spectral_distance(ours: np.ndarray, target: np.ndarray) -> float:
+    """Root mean square over bands of the log-mel difference in dB, mean over frames."""
+    a, b = (
+        np.array(losses.log_mel(mx.array(w)[None].mean(-1), SAMPLE_RATE, 64, 2048, 512))[0]
+        for w in (ours, target)
+    )
+    decibels = 20 / np.log(10) * (a - b)
+    return float(np.sqrt(np.mean(decibels**2, axis=1)).mean())
+
+
+def _generate(
+    khala: Khala, each: Song, seed: int, seconds: float, sampling: dict[str, float], coarse: bool
+) -> np.ndarray:
+    if coarse:
+        ids, _ = khala.prompt_ids(tags=each.tags, lyrics=each.lyrics)
+        most = int(seconds * khala.config.codec.frame_rate)
+        return khala.codec.decode(khala.compose(ids, max_frames=most, seed=seed, **sampling))
+    made = khala.generate(
+        tags=each.tags, lyrics=each.lyrics, seconds=seconds, seed=seed, **sampling
+    )
+    return made.waveform
+
+
+def _decoded(khala: Khala, songs: Sequence[Song], layers: int) -> list[np.ndarray]:
+    return [khala.codec.decode(khala.codec.encode(each.waveform)[:layers]) for each in songs]
+
+
+def _write(folder: Path, waves: Sequence[np.ndarray], truth: Sequence[Song]) -> None:
+    import soundfile
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (wave, each) in enumerate(zip(waves, truth, strict=True)):
+        name = f"{number:03d} {each.tags} - {each.lyrics.replace(chr(10), ' ')}.wav"
+        soundfile.write(folder / name, wave, SAMPLE_RATE)
+
+
+def _print(figures: dict[str, object]) -> None:
+    click.echo(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()
