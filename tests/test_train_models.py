@@ -103,6 +103,9 @@ def test_a_killed_superres_run_goes_on_exactly(data: Path, trained: Path, tmp_pa
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
     assert {"refine_loss", "align_loss"} <= set(log(tmp_path / "whole")[0])
     assert (tmp_path / "whole" / "loss.png").exists()
+    by_layer = json.loads((tmp_path / "whole" / "by_layer.json").read_text())
+    assert list(by_layer) == [str(layer) for layer in range(2, 8)]
+    assert all(0 < nats < 10 for nats in by_layer.values())
 
 
 def test_a_run_can_start_from_another(data: Path, trained: Path, tmp_path: Path) -> None:

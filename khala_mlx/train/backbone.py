@@ -16,7 +16,7 @@ from khala_mlx.config import TokenLayout
 from khala_mlx.train.loop import Run, save_part
 from khala_mlx.train.sequences import Example, padded, read_examples
 from khala_mlx.train.settings import BackboneTraining
-from khala_mlx.transformer import Transformer
+from khala_mlx.transformer import Transformer, projector
 from khala_mlx.weights import fill_part
 
 
@@ -24,13 +24,13 @@ def audio_loss(model: Transformer, layout: TokenLayout, rows: mx.array) -> mx.ar
     """Mean nats per audio token of rows [B, S], the end of the song included.
 
     Prompt and padding (-1) are no targets. Attention is causal, so what stands behind a row's end
-    changes nothing before it.
+    changes nothing before it. The vocabulary is the backbone's, also for superres.
     """
     inputs, targets = rows[:, :-1], rows[:, 1:]
     hidden = model.body(model.embed(inputs).astype(model.dtype), causal=True)
-    logits = model.lm_head(hidden)
+    logits = projector(model.lm_head, slice(0, layout.backbone_vocab))(hidden)
     counted = (targets >= layout.audio_start) | (targets == layout.end_of_song)
-    losses = nn.losses.cross_entropy(logits.astype(mx.float32), mx.maximum(targets, 0))
+    losses = nn.losses.cross_entropy(logits, mx.maximum(targets, 0))
     return (losses * counted).sum() / mx.maximum(counted.sum(), 1)
 
 

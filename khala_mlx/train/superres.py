@@ -7,7 +7,8 @@ task, which keeps the alignment of words and sound that the backbone has learnt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from khala_mlx import tokens
 from khala_mlx.errors import KhalaError
+from khala_mlx.files import appears_whole
 from khala_mlx.superres import SuperRes
 from khala_mlx.train.backbone import audio_loss
 from khala_mlx.train.codec import load_codec
@@ -28,7 +30,7 @@ from khala_mlx.weights import part_files, read_tensors
 
 
 def refine_loss(
-    model: SuperRes, prompts: mx.array, codes: mx.array, layers: Sequence[int]
+    model: SuperRes, prompts: mx.array, codes: mx.array, layers: list[int]
 ) -> mx.array:
     """Mean nats of codes [B, K, T] at one layer for each song, given the layers before it.
 
@@ -173,8 +175,8 @@ def train_superres(
 ) -> dict[str, float]:
     """Train on a prepared folder (data.read_coded) that also holds tokenizer.json.
 
-    Writes superres.safetensors and config.json into `folder` when done, beside checkpoint,
-    log.jsonl and loss.png. Returns the last validation.
+    Writes superres.safetensors, config.json and by_layer.json (held-out nats of each layer) into
+    `folder` when done, beside checkpoint, log.jsonl and loss.png. Returns the last validation.
     """
 
     def room(_: int, superres: int) -> int:
@@ -185,4 +187,6 @@ def train_superres(
     run = Run(task, settings.schedule, settings.to_dict(), folder)
     figures = run.train(resume=resume, on_progress=on_progress)
     save_part(folder, "superres", task.model, settings.superres, settings.tokens)
+    with appears_whole(folder / "by_layer.json", overwrite=True) as temporary:
+        temporary.write_text(json.dumps(task.by_layer(), indent=2) + "\n")
     return figures
