@@ -13,6 +13,7 @@ from tiny_tokenizer import write_tiny_tokenizer
 from khala_mlx import KhalaError, tokens
 from khala_mlx.backbone import Backbone
 from khala_mlx.config import BackboneConfig, SuperResConfig, TokenLayout
+from khala_mlx.errors import ConfigError
 from khala_mlx.superres import SuperRes
 from khala_mlx.tokenizer import Tokenizer
 from khala_mlx.train.backbone import audio_loss, train_backbone
@@ -120,6 +121,17 @@ def test_a_run_can_start_from_another(data: Path, trained: Path, tmp_path: Path)
 def test_a_run_tells_its_sizes_and_its_token_layout(data: Path, trained: Path) -> None:
     about = json.loads((trained / "config.json").read_text())
     assert about == {"backbone": BackboneConfig.tiny().to_dict(), "tokens": LAYOUT.to_dict()}
+
+
+def test_the_causal_task_may_see_fewer_songs(data: Path, tmp_path: Path) -> None:
+    """The refinement sees the same batch; the first step's causal loss is another."""
+    for songs in (0, 1):
+        train_superres(superres_settings(align_songs=songs), data, tmp_path / str(songs))
+    (every, one) = (log(tmp_path / str(songs))[0] for songs in (0, 1))
+    assert one["refine_loss"] == every["refine_loss"]
+    assert one["align_loss"] != every["align_loss"]
+    with pytest.raises(ConfigError, match="align_songs have to be 0 or above"):
+        superres_settings(align_songs=-1)
 
 
 def test_full_attention_alone_has_no_causal_loss(data: Path, tmp_path: Path) -> None:

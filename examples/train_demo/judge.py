@@ -1,11 +1,11 @@
 """The judge: hears which syllables a song sings, and its style, tempo and mood.
 
 A small convolutional network on log-mel spectra, trained on the corpus alone with connectionist
-temporal classification (CTC: Graves et al., 2006), so that it needs no timing. It never sees the
-backbone or superres; with `--through MODEL` it also hears the corpus through that model's codec, as
-a listener does who knows how the codec sounds.
+temporal classification (CTC: Graves et al., 2006), so that it needs no timing. It never hears the
+backbone or superres; with `--coded` it also hears true songs through the codec, as a listener does
+who knows how the codec sounds.
 
-    python judge.py train judge --songs 1500 [--through MODEL]
+    python judge.py train judge --coded coded --codec runs/codec
     python judge.py test judge
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,9 @@ import numpy as np
 from corpus import MOODS, SAMPLE_RATE, STYLES, SYLLABLES, TEMPOS, Song, song, whole_frames
 from mlx.utils import tree_flatten
 
-from khala_mlx.codec import Codec
-from khala_mlx.config import KhalaConfig
+from khala_mlx.train.codec import load_codec
+from khala_mlx.train.data import read_coded
 from khala_mlx.train.losses import log_mel
-from khala_mlx.weights import find_model, load_part
 
 TRAITS = {"style": STYLES, "tempo": TEMPOS, "mood": MOODS}
 SECONDS = whole_frames(6.0)
@@ -161,26 +160,31 @@ class _Heard:
     traits: np.ndarray  # [n, 3]
 
 
-def _hear(songs: Sequence[Song], codec: Codec | None) -> _Heard:
+def _hear(songs: Iterable[tuple[np.ndarray, str, str]]) -> _Heard:
+    """Songs as waves [L, 2] of one length, tags and lyrics."""
     mels, labels, traits = [], [], []
-    for number, each in enumerate(songs):
-        waves = [each.waveform]
-        if codec is not None:
-            codes = codec.encode(each.waveform)
-            waves = [codec.decode(codes[: _LAYERS[number % len(_LAYERS)]])]
-        mels.append(np.array(mel_of(np.stack(waves)))[0])
-        row = [SYLLABLES.index(s.text) + 1 for s in each.syllables][:_MOST_SYLLABLES]
+    for wave, tags, lyrics in songs:
+        mels.append(np.array(mel_of(wave[None]))[0])
+        row = [SYLLABLES.index(word) + 1 for word in lyrics.split()]
         labels.append(row + [0] * (_MOST_SYLLABLES - len(row)))
-        traits.append([names.index(getattr(each, trait)) for trait, names in TRAITS.items()])
+        pairs = zip(TRAITS.values(), tags.split(", "), strict=True)
+        traits.append([names.index(tag) for names, tag in pairs])
     return _Heard(np.stack(mels), np.array(labels), np.array(traits))
 
 
-def _codec_of(model: str | None) -> Codec | None:
-    if model is None:
-        return None
-    folder = find_model(model)
-    config = KhalaConfig.load(folder / "config.json")
-    return load_part(Codec(config.codec), folder, "codec", config, mx.float32)
+def _synthesised(count: int) -> Iterator[tuple[np.ndarray, str, str]]:
+    for seed in range(count):
+        made = song(seed, "train", seconds=SECONDS)
+        yield made.waveform, made.tags, made.lyrics
+
+
+def _decoded(folder: Path, run: Path, count: int) -> Iterator[tuple[np.ndarray, str, str]]:
+    """Prepared songs of the training split through the codec, by more or fewer layers in turn."""
+    codec, frames = load_codec(run), round(SECONDS * SAMPLE_RATE / 2048)
+    songs = [each for each in read_coded(folder, "train") if each.codes.shape[1] == frames]
+    for number, each in enumerate(songs[:count]):
+        layers = _LAYERS[number % len(_LAYERS)]
+        yield codec.decode(each.codes[:layers]), each.tags, each.lyrics
 
 
 @click.group()
@@ -191,14 +195,17 @@ def main() -> None:
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--songs", default=1500, show_default=True)
-@click.option("--through", help="Model through whose codec as many songs are heard, too.")
+@click.option("--coded", type=click.Path(path_type=Path), help="Prepared songs, heard too.")
+@click.option("--codec", type=click.Path(path_type=Path), help="The codec run they come from.")
+@click.option("--through", default=400, show_default=True, help="How many of them.")
 @click.option("--steps", default=1200, show_default=True)
-def train(out: Path, songs: int, through: str | None, steps: int) -> None:
+def train(
+    out: Path, songs: int, coded: Path | None, codec: Path | None, through: int, steps: int
+) -> None:
     """Train on songs of the train split, write OUT/judge.safetensors."""
-    made = [song(seed, "train", seconds=SECONDS) for seed in range(songs)]
-    heard = [_hear(made, None)]
-    if through:
-        heard.append(_hear(made, _codec_of(through)))
+    heard = [_hear(_synthesised(songs))]
+    if coded and codec:
+        heard.append(_hear(_decoded(coded, codec, through)))
     mel, labels, traits = (
         np.concatenate([getattr(part, name) for part in heard])
         for name in ("mel", "labels", "traits")
@@ -236,13 +243,11 @@ def train(out: Path, songs: int, through: str | None, steps: int) -> None:
 @main.command()
 @click.argument("judge", type=click.Path(path_type=Path))
 @click.option("--songs", default=400, show_default=True)
-@click.option("--through", help="Hear the songs through the codec of this model.")
 @click.option("--seconds", default=SECONDS, show_default=True)
-def test(judge: Path, songs: int, through: str | None, seconds: float) -> None:
+def test(judge: Path, songs: int, seconds: float) -> None:
     """Judge songs of the test split; prints one JSON object."""
-    codec = _codec_of(through)
     truth = [song(seed, "test", seconds=seconds) for seed in range(songs)]
-    verdicts = judge_songs(load_judge(judge), list(_waves(truth, codec)))
+    verdicts = judge_songs(load_judge(judge), [each.waveform for each in truth])
     click.echo(json.dumps(score(verdicts, truth), indent=2))
 
 
@@ -259,12 +264,6 @@ def score(verdicts: Sequence[Verdict], truth: Sequence[Song]) -> dict[str, float
         pairs = zip(verdicts, truth, strict=True)
         figures[trait] = float(np.mean([getattr(v, trait) == getattr(t, trait) for v, t in pairs]))
     return {name: round(value, 4) for name, value in figures.items()}
-
-
-def _waves(songs: Sequence[Song], codec: Codec | None) -> Iterator[np.ndarray]:
-    for each in songs:
-        wave = each.waveform
-        yield wave if codec is None else codec.decode(codec.encode(wave))
 
 
 if __name__ == "__main__":

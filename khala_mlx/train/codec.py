@@ -221,4 +221,4 @@ def load_codec(folder: Path) -> Codec:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{folder} holds no finished codec run.") from error
     codec = Codec(CodecConfig.from_dict(sizes, str(config)))
-    return fill_part(codec, folder, "codec")
+    return fill_part(codec, folder, "codec", mx.float32)

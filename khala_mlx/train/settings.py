@@ -124,6 +124,8 @@ class SuperResTraining(_FromFile):
     Attributes:
         align_weight: weight of the causal alignment objective; 0 leaves the full-attention
             refinement alone.
+        align_songs: songs of a batch that the causal objective sees; 0 is all. Its sequences are
+            more than twice as long as those of the refinement.
         backbone: folder of a trained backbone to start from; "" starts from scratch.
         codec: folder of the codec run whose codebooks the rows of the fine layers start from; ""
             starts them at random.
@@ -133,5 +135,10 @@ class SuperResTraining(_FromFile):
     superres: SuperResConfig = field(default_factory=SuperResConfig)
     schedule: Schedule = field(default_factory=Schedule)
     align_weight: float = 0.5
+    align_songs: int = 0
     backbone: str = ""
     codec: str = ""
+
+    def __post_init__(self) -> None:
+        if self.align_weight < 0 or self.align_songs < 0:
+            raise ConfigError("align_weight and align_songs have to be 0 or above.")

@@ -29,9 +29,7 @@ from khala_mlx.train.settings import SuperResTraining
 from khala_mlx.weights import part_files, read_tensors
 
 
-def refine_loss(
-    model: SuperRes, prompts: mx.array, codes: mx.array, layers: list[int]
-) -> mx.array:
+def refine_loss(model: SuperRes, prompts: mx.array, codes: mx.array, layers: list[int]) -> mx.array:
     """Mean nats of codes [B, K, T] at one layer for each song, given the layers before it.
 
     The rows are those of generation: prompts [B, P] with the marker in the last row, then sums of
@@ -135,7 +133,8 @@ class SuperResTask:
         parts = {"refine_loss": refine}
         if not self.settings.align_weight:
             return refine, parts
-        align = audio_loss(self.model, self.layout, batch["coarse"])
+        coarse = batch["coarse"][: self.settings.align_songs or None]
+        align = audio_loss(self.model, self.layout, coarse)
         return refine + self.settings.align_weight * align, {**parts, "align_loss": align}
 
     def after(self, parts: dict[str, mx.array], rng: np.random.Generator, step: int) -> None:

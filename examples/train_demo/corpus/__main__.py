@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 import soundfile
 
-from . import EXTRA_STYLE, SPLITS, STYLES, Song, song, whole_frames
+from . import EXTRA_STYLE, SPLITS, STYLES, Song, song
+from .songs import whole_frames as rounded_up
 
 
 @click.group()
@@ -30,8 +31,9 @@ def main() -> None:
     default=(6.0,),
     multiple=True,
     show_default=True,
-    help="Length of a song, rounded up to whole frames of the codec; several take turns.",
+    help="Length of a song; several take turns.",
 )
+@click.option("--whole-frames", is_flag=True, help="Round lengths up to frames of the codec.")
 @click.option("--note-seconds", type=float, default=0.5, show_default=True, help="Shortest note.")
 @click.option("--style", type=click.Choice((*STYLES, EXTRA_STYLE)), help="All songs in one style.")
 def write(
@@ -40,6 +42,7 @@ def write(
     start: int,
     count: int,
     seconds: tuple[float, ...],
+    whole_frames: bool,
     note_seconds: float,
     style: str | None,
 ) -> None:
@@ -50,7 +53,8 @@ def write(
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, seed in enumerate(range(start, start + count)):
-        length = whole_frames(seconds[number % len(seconds)])
+        length = seconds[number % len(seconds)]
+        length = rounded_up(length) if whole_frames else length
         try:
             made = song(seed, split, seconds=length, style=style, note_seconds=note_seconds)
         except ValueError as error:
