@@ -44,8 +44,3 @@ def test_the_hubs_refusal_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names_that_are_neither_folder_nor_repository(name: str) -> None:
     with pytest.raises(KhalaError, match="There is no model folder"):
         Khala.from_pretrained(name)
-
-
-def test_there_is_no_model_in_the_box_yet() -> None:
-    with pytest.raises(KhalaError, match="khala convert"):
-        Khala.from_pretrained()

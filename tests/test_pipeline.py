@@ -160,6 +160,17 @@ def released(tiny: Khala) -> Khala:
     return Khala(tiny.folder, KhalaConfig(), tiny.tokenizer)
 
 
+def test_a_small_window_breaks_no_wish_that_was_not_made(tiny: Khala) -> None:
+    """Tiny windows hold less than a second, and one minute is the least a prompt can ask for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        most, _ = tiny.frame_budget(Request(), 20, 10)
+    assert most == (tiny.config.backbone.context - 20) // 2
+    for wish in (Request(minutes=2), Request(seconds=5.0), Request(min_seconds=5.0)):
+        with pytest.warns(KhalaWarning, match="do not fit the windows"):
+            tiny.frame_budget(wish, 20, 10)
+
+
 def test_the_frame_budget_of_the_released_windows(tiny: Khala) -> None:
     khala = released(tiny)
     # 1.8 minutes at 21.533 frames a second (upstream: 2584 tokens a minute).

@@ -134,6 +134,17 @@ def test_the_causal_task_may_see_fewer_songs(data: Path, tmp_path: Path) -> None
         superres_settings(align_songs=-1)
 
 
+def test_frozen_tables_stay_as_they_start(data: Path, trained: Path, tmp_path: Path) -> None:
+    settings = superres_settings(backbone=str(trained), freeze_tables=True)
+    train_superres(settings, data, tmp_path / "run")
+    found = mx.load(str(tmp_path / "run" / "superres.safetensors"))
+    backbone = mx.load(str(trained / "backbone.safetensors"))
+    rows = LAYOUT.backbone_vocab
+    assert mx.array_equal(found["lm_head.weight"][:rows], backbone["lm_head.weight"]).item()
+    name = "layers.0.mlp.up_proj.weight"
+    assert not mx.array_equal(found[name], backbone[name]).item()
+
+
 def test_full_attention_alone_has_no_causal_loss(data: Path, tmp_path: Path) -> None:
     train_superres(superres_settings(align_weight=0.0), data, tmp_path / "run")
     assert "align_loss" not in log(tmp_path / "run")[0]
@@ -190,7 +201,7 @@ def test_the_refine_loss_is_that_of_generations_rows() -> None:
 
 
 def test_fine_rows_start_as_codebooks() -> None:
-    """The sum over layers has the geometry of the latents; every layer's head has one spread."""
+    """The sum over layers has the geometry of the latents, and so has the head."""
     model = SuperRes(SuperResConfig.tiny(), LAYOUT)
     scales = mx.array(0.8 ** np.arange(8, dtype=np.float32))[:, None, None]
     codebooks = mx.random.normal((8, 16, 6)) * scales
@@ -202,8 +213,12 @@ def test_fine_rows_start_as_codebooks() -> None:
     assert np.linalg.matrix_rank(rows, tol=1e-3) == 6
     back = np.linalg.lstsq(rows, fine, rcond=None)[0]
     assert np.allclose(rows @ back, fine, atol=1e-3)
-    heads = np.array(model.lm_head.weight[LAYOUT.backbone_vocab :]).reshape(6, -1)
-    assert np.allclose(heads.std(axis=1), np.array(model.lm_head.weight[:332]).std(), rtol=1e-3)
+    # The head names the row nearest to a latent: r e - |e|^2 / 2 for one state of the body.
+    heads = np.array(model.lm_head.weight[LAYOUT.backbone_vocab :]).reshape(6, 16, -1)
+    for layer, (head, books) in enumerate(zip(heads, np.array(codebooks[2:]), strict=True)):
+        wanted = books @ books.T - 0.5 * np.square(books).sum(-1)[:, None]
+        states = np.linalg.lstsq(head, wanted, rcond=None)[0]
+        assert np.allclose(head @ states, wanted, atol=1e-2 * np.abs(wanted).max()), layer
     with pytest.raises(KhalaError, match=r"has \[8, 15\] codebooks"):
         start_from_codebooks(model, codebooks[:, :15])
 

@@ -27,6 +27,7 @@ from khala_mlx.train.codec import mel_correlation
 
 DOUBLINGS = (1, 2, 4, 8, 16, 32, 64)
 _SECONDS = 6.0
+_WINDOW = 2048
 # Prompts of four to eight syllables are sung in six to nine seconds.
 _PROMPT_SECONDS = (6.0, 9.0)
 _SYLLABLES = range(4, 9)
@@ -175,12 +176,16 @@ def pictures(model: str, out: Path) -> None:
 
 
 def log_spectral_distance(ours: np.ndarray, target: np.ndarray) -> float:
-    """Root mean square over bands of the log-mel difference in dB, mean over frames."""
+    """Root mean square over frequency of the level difference in dB, mean over frames.
+
+    Levels below -60 dB of a full-scale sine count as -60 dB: what is silent in both agrees.
+    """
     a, b = (
-        np.array(losses.log_mel(mx.array(w)[None].mean(-1), SAMPLE_RATE, 64, 2048, 512))[0]
-        for w in (ours, target)
+        np.array(losses.magnitudes(mx.array(wave)[None].mean(-1), _WINDOW))[0]
+        for wave in (ours, target)
     )
-    decibels = 20 / np.log(10) * (a - b)
+    floor = _WINDOW / 4 * 1e-3
+    decibels = 20 * np.log10(np.maximum(a, floor) / np.maximum(b, floor))
     return float(np.sqrt(np.mean(decibels**2, axis=1)).mean())
 
 

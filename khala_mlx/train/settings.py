@@ -129,6 +129,9 @@ class SuperResTraining(_FromFile):
         backbone: folder of a trained backbone to start from; "" starts from scratch.
         codec: folder of the codec run whose codebooks the rows of the fine layers start from; ""
             starts them at random.
+        freeze_tables: train the body alone and leave embedding and head as they start. With rows
+            from `backbone` and `codec` this learns faster at small sizes: one step touches few
+            rows, and the optimiser shakes all others.
     """
 
     tokens: TokenLayout = field(default_factory=TokenLayout)
@@ -138,6 +141,7 @@ class SuperResTraining(_FromFile):
     align_songs: int = 0
     backbone: str = ""
     codec: str = ""
+    freeze_tables: bool = False
 
     def __post_init__(self) -> None:
         if self.align_weight < 0 or self.align_songs < 0:

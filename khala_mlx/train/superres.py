@@ -52,6 +52,18 @@ def refine_loss(model: SuperRes, prompts: mx.array, codes: mx.array, layers: lis
     return nn.losses.cross_entropy(logits, targets, reduction="mean")
 
 
+def _norms(codebooks: mx.array, rows: mx.array) -> mx.array:
+    """Half the square of each codebook row, along a direction [H] that its projection leaves free.
+
+    Of |r - e|^2 the logits of the nearest row need r e - |e|^2 / 2: a state with one unit along
+    that direction adds the second term.
+    """
+    flat = np.array(rows.reshape(-1, rows.shape[-1]), dtype=np.float64)
+    _, directions = np.linalg.eigh(flat.T @ flat)
+    free = mx.array(directions[:, 0].astype(np.float32))
+    return 0.5 * mx.square(codebooks).sum(-1, keepdims=True) * free
+
+
 def start_from_backbone(model: SuperRes, folder: Path) -> None:
     """Copy body, and the rows of text and coarse codes, from backbone.safetensors in `folder`.
 
@@ -100,6 +112,8 @@ def start_from_codebooks(model: SuperRes, codebooks: mx.array) -> None:
         coarse = table.weight[: layout.backbone_vocab]
         rows = fine @ mx.random.normal((fine.shape[-1], coarse.shape[-1]))
         spread = mx.std(rows[:1] if together else rows, axis=(1, 2), keepdims=True)
+        if not together:
+            rows = rows - _norms(fine, rows)
         rows = (rows * (mx.std(coarse) / spread)).reshape(-1, coarse.shape[-1])
         table.weight = mx.concatenate([coarse, rows.astype(coarse.dtype)])
     mx.eval(model.parameters())
@@ -121,6 +135,9 @@ class SuperResTask:
         if settings.codec:
             codec = load_codec(Path(settings.codec))
             start_from_codebooks(self.model, codec.quantizer.codebooks)
+        if settings.freeze_tables:
+            self.model.embed_tokens.freeze()
+            self.model.lm_head.freeze()
         self.state: dict[str, mx.array] = {}
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Any]:
