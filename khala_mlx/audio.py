@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+import subprocess
+import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from khala_mlx.errors import AudioError, KhalaWarning
 from khala_mlx.files import appears_whole, check_destination
 
 # What a song is scaled down to when it would clip: the usual ceiling before lossy encoders.
 CEILING_DBFS = -1.0
+# A sound whose peak stays below one step of 16 bits is silent.
+SILENCE = 1 / 32768
+# What libsndfile cannot read, but a converter on the PATH can.
+CONVERTED = (".m4a",)
 
 _SUBTYPES: Mapping[str, Mapping[str, str]] = {
     ".wav": {"16": "PCM_16", "24": "PCM_24", "float": "FLOAT"},
@@ -28,6 +38,8 @@ _SUBTYPES: Mapping[str, Mapping[str, str]] = {
 _BLOCK = 65536
 # Samples by which a lossy file may differ in length; they are exact in practice.
 _CODEC_DELAY = 4096
+# What libsndfile says of a stream whose header does not tell its length.
+_UNKNOWN_LENGTH = 2**63 - 1
 
 
 def check_output(path: Path, bit_depth: str = "16") -> None:
@@ -117,23 +129,22 @@ def read_audio(
 ) -> np.ndarray:
     """Read a sound file as float32 samples [L, channels]; mono is copied to every channel.
 
-    From sample `start` on, at most `samples` of them; -1 is all.
+    A file at another rate is read whole and resampled, band-limited. From sample `start` of the
+    result on, at most `samples` of them; -1 is all.
 
     Raises:
-        AudioError: if it cannot be read, has another sample rate or other channels, is empty, or
-            would not fit half of the memory.
+        AudioError: if it cannot be read, has other channels, is empty, or would not fit half of
+            the memory.
     """
-    import soundfile
-
-    try:
-        with soundfile.SoundFile(path) as file:
-            _check_format(path, file, sample_rate, channels)
+    with _opened(path) as file:
+        _check_format(path, file, sample_rate, channels)
+        if file.samplerate == sample_rate:
             file.seek(start)
             waveform = file.read(samples, dtype="float32", always_2d=True)
-    except soundfile.SoundFileError as error:
-        raise AudioError(f"{path} cannot be read as sound: {_reason(error)}.") from error
-    except OSError as error:
-        raise AudioError(f"{path} cannot be read: {error.strerror}.") from error
+        else:
+            whole = file.read(dtype="float32", always_2d=True)
+            stop = None if samples < 0 else start + samples
+            waveform = _resampled(whole, file.samplerate, sample_rate)[start:stop]
     if len(waveform) == 0:
         raise AudioError(f"{path} holds no samples.")
     waveform = np.repeat(waveform, channels // waveform.shape[1], axis=1)
@@ -141,18 +152,98 @@ def read_audio(
     return waveform
 
 
-def _check_format(path: Path, file: object, sample_rate: int, channels: int) -> None:
-    rate, found, frames = (getattr(file, name) for name in ("samplerate", "channels", "frames"))
-    if rate != sample_rate:
+def sound_length(path: Path, sample_rate: int) -> int:
+    """How many samples `read_audio` gives at most, by the file's header alone.
+
+    Raises:
+        AudioError: if the file cannot be read, or does not tell.
+    """
+    with _opened(path) as file:
+        _check_length_known(path, file.frames)
+        return round(file.frames * sample_rate / file.samplerate)
+
+
+@contextmanager
+def readable(path: Path, *, seconds: float | None = None) -> Iterator[Path]:
+    """`path` itself or, where libsndfile cannot read the format, a temporary wav made of it.
+
+    Where the converter allows it, the wav ends after `seconds`.
+
+    Raises:
+        AudioError: if there is no converter for the format (CONVERTED), or it fails.
+    """
+    if path.suffix.lower() not in CONVERTED:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "converted.wav"
+        _convert(path, target, seconds)
+        yield target
+
+
+def _convert(path: Path, target: Path, seconds: float | None) -> None:
+    # ffmpeg would take a name with a colon for an address.
+    source = path.absolute()
+    if ffmpeg := shutil.which("ffmpeg"):
+        limit = [] if seconds is None else ["-t", f"{seconds:.3f}"]
+        command = [ffmpeg, "-nostdin", "-v", "error", *limit, "-i", f"file:{source}"]
+        command += ["-map", "0:a:0", "-c:a", "pcm_f32le", "-rf64", "auto", f"file:{target}"]
+    elif afconvert := shutil.which("afconvert"):
+        command = [afconvert, "-f", "WAVE", "-d", "LEF32", str(source), str(target)]
+    else:
         raise AudioError(
-            f"{path} is at {rate} Hz, the model needs {sample_rate} Hz: resample it first, for "
-            f"example with `ffmpeg -i {path.name} -ar {sample_rate} resampled.wav`."
+            f"{path} can only be read where ffmpeg is installed (`brew install ffmpeg`): install "
+            "it, or convert the file to wav."
         )
-    if found not in (1, channels):
-        raise AudioError(f"{path} has {found} channels, the model takes 1 or {channels}.")
-    if frames * channels * 4 > _memory() // 2:
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if done.returncode or not target.exists():
+        said = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"]
+        raise AudioError(f"{path} cannot be read as sound: {said[-1].rstrip('.')}.")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The open soundfile.SoundFile of a path; its errors become AudioErrors."""
+    import soundfile
+
+    try:
+        path.stat()
+        # As bytes, since names on Linux need not be valid text.
+        with readable(path) as source, soundfile.SoundFile(os.fsencode(source)) as file:
+            yield file
+    except soundfile.SoundFileError as error:
+        # Of damaged mp3 files libsndfile says nothing, or that they do not exist.
+        reason = _reason(error)
+        if not reason or reason.startswith("File does not exist"):
+            reason = "it is damaged or none"
+        raise AudioError(f"{path} cannot be read as sound: {reason}.") from error
+    except OSError as error:
+        raise AudioError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _resampled(waveform: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    import soxr
+
+    # Its best quality: far below what 24 bits hold, and still hundreds of times real time.
+    resampled: np.ndarray = soxr.resample(waveform, rate, wanted, quality="VHQ")
+    return resampled
+
+
+def _check_format(path: Path, file: Any, sample_rate: int, channels: int) -> None:
+    _check_length_known(path, file.frames)
+    if file.channels not in (1, channels):
+        raise AudioError(f"{path} has {file.channels} channels, the model takes 1 or {channels}.")
+    longest = max(file.frames, round(file.frames * sample_rate / file.samplerate))
+    if longest * channels * 4 > _memory() // 2:
+        minutes = file.frames / file.samplerate / 60
+        raise AudioError(f"{path} lasts {minutes:.0f} minutes, too long for this memory.")
+
+
+def _check_length_known(path: Path, frames: int) -> None:
+    if frames == _UNKNOWN_LENGTH:
         raise AudioError(
-            f"{path} lasts {frames / rate / 60:.0f} minutes, too long for this memory."
+            f"{path} does not tell its length: write it anew, for example with `ffmpeg -i "
+            f"{path.name} again.flac`."
         )
 
 
@@ -170,11 +261,13 @@ def _reason(error: Exception) -> str:
     return str(error).rsplit(": ", 1)[-1].rstrip(".")
 
 
-def save_codes(path: Path, codes: np.ndarray, *, overwrite: bool = False) -> None:
+def save_codes(
+    path: Path, codes: np.ndarray, *, dtype: npt.DTypeLike = np.int32, overwrite: bool = False
+) -> None:
     """Write codes [K, T] as the one integer array `codes` of an .npz file."""
     check_codes_name(path, overwrite=overwrite)
     with appears_whole(path, overwrite=overwrite) as temporary:
-        np.savez_compressed(temporary, codes=codes.astype(np.int32))
+        np.savez_compressed(temporary, codes=codes.astype(dtype))
 
 
 def check_codes_name(path: Path, *, overwrite: bool = False) -> None:

@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import soundfile
+from tiny_tokenizer import write_tiny_tokenizer
 
 from khala_mlx import KhalaError
 from khala_mlx.codec import Codec
@@ -19,7 +20,7 @@ from khala_mlx.quantizer import Quantizer
 from khala_mlx.train import losses, rvq
 from khala_mlx.train.codec import load_codec, mel_correlation, train_codec
 from khala_mlx.train.data import Sounds
-from khala_mlx.train.prepare import prepare
+from khala_mlx.train.prepare import prepare, tools_of
 from khala_mlx.train.settings import CodecTraining, Schedule
 from khala_mlx.train.start import start_from_components, start_linear
 
@@ -104,15 +105,16 @@ def test_training_improves_the_codec(sounds: Path, tmp_path: Path) -> None:
 
 
 def test_songs_become_training_data(sounds: Path, trained: Path, tmp_path: Path) -> None:
-    codec = load_codec(trained)
-    for split, count in (("train", 3), ("valid", 1), ("train", 3)):
-        assert prepare(sounds / split, tmp_path, codec, split) == count
-    entries = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
-    assert [entry["split"] for entry in entries] == ["valid", "train", "train", "train"]
+    tokenizer = write_tiny_tokenizer(tmp_path / "tiny.json")
+    tools = tools_of(tmp_path / "out", None, trained, tokenizer)
+    for count in (4, 0):
+        report = prepare(sounds, tmp_path / "out", tools)
+        assert (report["encoded"], report["songs"]) == (count, 4)
+    lines = (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert [entry["split"] for entry in entries] == ["train", "train", "train", "valid"]
     assert entries[1]["tags"] == "tone, low"
     assert entries[1]["frames"] == 2 * 44100 // 128 + 1
-    with pytest.raises(KhalaError, match="no sound files"):
-        prepare(tmp_path, tmp_path, codec, "train")
 
 
 def tones(seconds: float, pitches: np.ndarray) -> mx.array:
@@ -215,7 +217,7 @@ def test_losses_on_known_sounds() -> None:
         assert mx.isfinite(gradient).all().item()
 
 
-def test_crops_are_drawn_alike_and_padded(sounds: Path) -> None:
+def test_crops_are_drawn_alike_and_padded(sounds: Path, tmp_path: Path) -> None:
     found = Sounds.of(sounds / "train", 44100, 2)
     first, again = (found.crops(np.random.default_rng(3), 4, 1000) for _ in range(2))
     assert first.shape == (4, 1000, 2)
@@ -225,6 +227,10 @@ def test_crops_are_drawn_alike_and_padded(sounds: Path) -> None:
     starts = range(0, len(whole[0]) - 1000, grid)
     files = [found.crops(np.random.default_rng(n), 1, 88200)[0] for n in range(8)]
     assert any(np.array_equal(f[s : s + 1000], aligned) for f in files for s in starts)
+    soundfile.write(tmp_path / "slow.wav", np.full((22050, 1), 0.25), 22050)
+    slow = Sounds.of(tmp_path, 44100, 2)
+    assert list(slow.lengths.values()) == [44100]
+    assert np.allclose(slow.crops(np.random.default_rng(0), 1, 900)[:, 200:-200], 0.25, atol=0.01)
     longer = found.crops(np.random.default_rng(3), 1, 200000)
     assert np.abs(longer[0, 2 * 44100 :]).max() == 0
     with pytest.raises(KhalaError, match="no sound files"):

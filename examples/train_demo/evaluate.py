@@ -26,6 +26,8 @@ from khala_mlx.train import losses
 from khala_mlx.train.codec import mel_correlation
 
 DOUBLINGS = (1, 2, 4, 8, 16, 32, 64)
+# dB of full scale; loud bins of the corpus lie at -20.
+FLOORS = (-40, -60)
 _SECONDS = 6.0
 _WINDOW = 2048
 # Prompts of four to eight syllables are sung in six to nine seconds.
@@ -129,20 +131,23 @@ def songs(
 @main.command()
 @click.argument("model")
 @click.option("--clips", default=20, show_default=True)
-def superres(model: str, clips: int) -> None:
+@click.option("--top-k", default=10, show_default=True)
+def superres(model: str, clips: int, top_k: int) -> None:
     """Log-spectral distance to the truth by refined layers, coarse codes given."""
     khala = Khala.from_pretrained(model)
-    refined = dict.fromkeys(DOUBLINGS[1:], 0.0)
-    true = dict.fromkeys(DOUBLINGS[1:], 0.0)
+    names = [f"{kind}_above_{floor}_db" for kind in ("refined", "true") for floor in FLOORS]
+    tables = {name: dict.fromkeys(DOUBLINGS[1:], 0.0) for name in names}
     for seed, each in enumerate(held_out(clips)):
         codes = khala.codec.encode(each.waveform)
         _, ids = khala.prompt_ids(tags=each.tags, lyrics=each.lyrics)
-        ours = khala.refine(ids, codes[:2], seed=seed)
-        for layers in refined:
-            for table, source in ((refined, ours), (true, codes)):
+        ours = khala.refine(ids, codes[:2], top_k=top_k, seed=seed)
+        for layers in DOUBLINGS[1:]:
+            for kind, source in (("refined", ours), ("true", codes)):
                 wave = khala.codec.decode(source[:layers])
-                table[layers] += log_spectral_distance(wave, each.waveform) / clips
-    _print({"clips": clips, "refined_db": refined, "true_codes_db": true})
+                for floor in FLOORS:
+                    distance = log_spectral_distance(wave, each.waveform, floor)
+                    tables[f"{kind}_above_{floor}_db"][layers] += distance / clips
+    _print({"clips": clips, "top_k": top_k, **tables})
 
 
 @main.command()
@@ -175,17 +180,17 @@ def pictures(model: str, out: Path) -> None:
     click.echo(str(out))
 
 
-def log_spectral_distance(ours: np.ndarray, target: np.ndarray) -> float:
+def log_spectral_distance(ours: np.ndarray, target: np.ndarray, floor: int) -> float:
     """Root mean square over frequency of the level difference in dB, mean over frames.
 
-    Levels below -60 dB of a full-scale sine count as -60 dB: what is silent in both agrees.
+    Levels below `floor` dB of a full-scale sine count as that: what is silent in both agrees.
     """
     a, b = (
         np.array(losses.magnitudes(mx.array(wave)[None].mean(-1), _WINDOW))[0]
         for wave in (ours, target)
     )
-    floor = _WINDOW / 4 * 1e-3
-    decibels = 20 * np.log10(np.maximum(a, floor) / np.maximum(b, floor))
+    lowest = _WINDOW / 4 * 10 ** (floor / 20)
+    decibels = 20 * np.log10(np.maximum(a, lowest) / np.maximum(b, lowest))
     return float(np.sqrt(np.mean(decibels**2, axis=1)).mean())
 
 

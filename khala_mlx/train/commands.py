@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,28 +69,41 @@ def superres(**options: Any) -> None:
 @click.option("--model", help="Model whose codec and tokenizer are used.")
 @click.option("--codec", "run", type=FOLDER, help="A codec run instead, with --tokenizer.")
 @click.option("--tokenizer", type=FOLDER, help="tokenizer.json that goes with --codec.")
+@click.option(
+    "--valid-share",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.1,
+    show_default=True,
+    help="Share of the artists, or songs, to hold out.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what is held out.")
+@click.option(
+    "--max-minutes",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Longer files are left out.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @command
 def prepare(
     songs: Path, out: Path, model: str | None, run: Path | None, tokenizer: Path | None,
-    as_json: bool,
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Encode the songs in SONGS/train and SONGS/valid for `backbone` and `superres`.
+    """Encode the songs in the folder SONGS for training, into OUT.
 
-    Beside song.wav lie song.caption.txt (tags) and song.lyrics.txt; both may be missing.
+    Beside song.wav (or flac, mp3, ogg, m4a) lie song.caption.txt and song.lyrics.txt, or a
+    metadata.jsonl in SONGS tells both. Subfolders train and valid, where there are both, say which
+    songs are held out; else they are drawn. OUT/report.json tells what was left out and why.
     """
-    from khala_mlx.train.data import SPLITS
     from khala_mlx.train.prepare import prepare as encode
     from khala_mlx.train.prepare import tools_of
 
     if (model is None) == (run is None) or (run is None) != (tokenizer is None):
         raise click.UsageError("Give either --model, or --codec with --tokenizer.")
-    codec = tools_of(out, model, run, tokenizer)
-    progress, counts = Progress(), {}
-    for split in SPLITS:
-        shown = partial(progress, split)
-        counts[split] = encode(songs / split, out, codec, split, on_progress=shown)
-    report({"folder": str(out), **counts}, as_json)
+    tools = tools_of(out, model, run, tokenizer)
+    told = encode(songs, out, tools, on_progress=Progress(), **options)
+    report(told if as_json else _prepared(told), as_json)
 
 
 @train.command()
@@ -144,6 +156,24 @@ def pack(
     for name, part in told["parts"].items():
         lines[name] = f"{part['parameters'] / 1e6:.2f} M parameters"
     report(told if as_json else lines, as_json)
+
+
+def _prepared(told: dict[str, Any]) -> dict[str, Any]:
+    lines = {"folder": told["folder"]}
+    for split in ("train", "valid"):
+        lines[split] = f"{told[split]['songs']} songs, {told[split]['minutes']} minutes"
+    lines["encoded"] = f"{told['encoded']} songs now, {told['songs'] - told['encoded']} earlier"
+    for name in ("skipped", "remarks"):
+        lines[name] = _first(told[name], told["folder"])
+    return lines
+
+
+def _first(entries: list[dict[str, str]], folder: str, most: int = 20) -> str:
+    """How many there are and the first of them, each on a line."""
+    shown = [f"  {each['file']}: {each['detail']}" for each in entries[:most]]
+    if len(entries) > most:
+        shown.append(f"  ... and {len(entries) - most} more, see {folder}/report.json")
+    return "\n".join([str(len(entries)), *shown])
 
 
 def _run(work: Callable[..., dict[str, float]], settings: Any, options: dict[str, Any]) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from khala_mlx.audio import read_audio
+from khala_mlx.audio import read_audio, sound_length
 from khala_mlx.errors import KhalaError
 
 SPLITS = ("train", "valid")
@@ -27,13 +27,13 @@ class Sounds:
 
     @classmethod
     def of(cls, folder: Path, sample_rate: int, channels: int) -> Sounds:
-        """All sound files below `folder`, sorted, so that a draw means the same every time."""
-        import soundfile
+        """All sound files below `folder`, sorted, so that a draw means the same every time.
 
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SOUNDS)
-        if not files:
-            raise KhalaError(f"{folder} holds no sound files ({', '.join(SOUNDS)}).")
-        return cls({path: soundfile.info(path).frames for path in files}, sample_rate, channels)
+        Those at another rate are resampled whenever they are drawn, as a whole.
+        """
+        files = sound_files(folder)
+        lengths = {path: sound_length(path, sample_rate) for path in files}
+        return cls(lengths, sample_rate, channels)
 
     def crops(
         self, rng: np.random.Generator, count: int, samples: int, grid: int = 1
@@ -62,18 +62,45 @@ class CodedSong:
     about: dict[str, Any]
 
 
+def sound_files(folder: Path, suffixes: Sequence[str] = SOUNDS) -> list[Path]:
+    """All sound files below `folder`, sorted; hidden ones (a Mac's `._song.wav`) are left out.
+
+    Raises:
+        KhalaError: if there are none.
+    """
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in suffixes]
+    files = sorted(path for path in files if not _hidden(path, folder) and _is_file(path))
+    if not files:
+        raise KhalaError(f"{folder} holds no sound files ({', '.join(suffixes)}).")
+    return files
+
+
+def _is_file(path: Path) -> bool:
+    # A link that leads nowhere is to be reported, not passed over.
+    return path.is_file() or path.is_symlink()
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
 def read_coded(folder: Path, split: str) -> list[CodedSong]:
-    """The songs of `split` in a prepared folder: metadata.jsonl beside codes/NAME.npz."""
+    """The songs of `split` in a prepared folder: metadata.jsonl and the codes it names.
+
+    Entries of folders that an earlier version prepared name no codes: they lie in codes/ID.npz.
+    """
     index = folder / "metadata.jsonl"
     try:
-        lines = index.read_text(encoding="utf-8").splitlines()
+        text = index.read_text(encoding="utf-8")
     except OSError as error:
         raise KhalaError(f"{index} cannot be read: {error.strerror}.") from error
     songs = []
-    for line in lines:
+    # Lyrics may hold what Python's splitlines takes for the end of a line.
+    for line in filter(None, text.split("\n")):
         entry = json.loads(line)
         if entry.get("split", "train") == split:
-            with np.load(folder / "codes" / f"{entry['id']}.npz", allow_pickle=False) as stored:
+            stored_in = folder / entry.get("codes", f"codes/{entry['id']}.npz")
+            with np.load(stored_in, allow_pickle=False) as stored:
                 codes = stored["codes"]
             songs.append(CodedSong(codes, entry.get("tags", ""), entry.get("lyrics", ""), entry))
     if not songs:

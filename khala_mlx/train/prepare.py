@@ -1,99 +1,328 @@
-"""A folder of songs as training data: codes beside the words that go with them."""
+"""A folder of songs as training data: codes beside the words that go with them.
+
+First all files are looked at (whether they can be used, whether two are the same), then the sounds
+that have no codes yet are encoded, so that the time left is known and a mistake shows early.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from khala_mlx.audio import load_codes, read_audio, save_codes
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from khala_mlx.audio import load_codes, save_codes
 from khala_mlx.codec import Codec
-from khala_mlx.config import KhalaConfig
-from khala_mlx.errors import KhalaError
+from khala_mlx.config import KhalaConfig, TokenLayout
+from khala_mlx.errors import AudioError, KhalaError, KhalaWarning, PromptError
 from khala_mlx.files import appears_whole
+from khala_mlx.prompt import Prompt, build_ids
 from khala_mlx.tokenizer import Tokenizer
 from khala_mlx.train.codec import load_codec
-from khala_mlx.train.data import SOUNDS
+from khala_mlx.train.data import SPLITS
+from khala_mlx.train.hearing import Heard, Hearing
+from khala_mlx.train.sequences import prompt_of
+from khala_mlx.train.songs import (
+    Found,
+    Unusable,
+    Words,
+    find_songs,
+    has_splits,
+    read_tables,
+    words_of,
+)
+from khala_mlx.train.splits import draw_splits
 from khala_mlx.weights import find_model, load_part
 
+Progress = Callable[[str, int, int], None]
 
-def tools_of(folder: Path, model: str | None, run: Path | None, tokenizer: Path | None) -> Codec:
+
+@dataclass(frozen=True)
+class Tools:
+    """What songs are prepared with. `config` is the model's; a codec run has none yet."""
+
+    codec: Codec
+    tokenizer: Tokenizer
+    config: KhalaConfig | None
+
+    @property
+    def layout(self) -> TokenLayout:
+        """The model's token layout, else the usual one."""
+        return TokenLayout() if self.config is None else self.config.tokens
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of all that decides on codes: sizes, encoder and codebooks."""
+        sizes = self.codec.config.to_dict()
+        told = {name: value for name, value in sizes.items() if not name.startswith("decoder")}
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+        for name, array in sorted(tree_flatten(self.codec.parameters())):
+            if not name.startswith("decoder"):
+                digest.update(name.encode())
+                digest.update(np.array(array).tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A song that can be used; `codes` names its file in the prepared folder."""
+
+    found: Found
+    heard: Heard
+    words: Words
+    minutes: int
+    codes: str
+
+
+def tools_of(folder: Path, model: str | None, run: Path | None, tokenizer: Path | None) -> Tools:
     """The codec of a model, or of a codec run; its tokenizer is copied into `folder`.
 
     Raises:
         KhalaError: if one of them cannot be read, or another tokenizer is there already.
     """
+    config = None
     if model is not None:
         source = find_model(model)
         config = KhalaConfig.load(source / "config.json")
-        codec = load_part(Codec(config.codec), source, "codec", config)
+        codec = load_part(Codec(config.codec), source, "codec", config, mx.float32)
         tokenizer = source / "tokenizer.json"
     else:
         assert run is not None
         assert tokenizer is not None
         codec = load_codec(run)
-    Tokenizer.from_file(tokenizer)
+    reader = Tokenizer.from_file(tokenizer)
+    if config is not None:
+        reader.check(config.tokens)
     target = folder / "tokenizer.json"
     if not target.exists():
         with appears_whole(target) as temporary:
             temporary.write_bytes(tokenizer.read_bytes())
     elif target.read_bytes() != tokenizer.read_bytes():
         raise KhalaError(f"{folder} was prepared with another tokenizer; choose a new folder.")
-    return codec
+    return Tools(codec, reader, config)
 
 
 def prepare(
     songs: Path,
     folder: Path,
-    codec: Codec,
-    split: str,
+    tools: Tools,
     *,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> int:
-    """Encode the sound files of `songs` into `folder`/codes and list them as `split`.
+    valid_share: float = 0.1,
+    seed: int = 0,
+    max_minutes: float = 10.0,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Encode the sound files below `songs` into `folder`/codes and list them in metadata.jsonl.
 
-    Beside song.wav its song.caption.txt holds the tags and song.lyrics.txt the words; both may be
-    missing. Songs that are encoded already are kept, so that an interrupted run goes on.
+    Codes are named by the sound and the codec: what was encoded before, under whatever name or in
+    a run that was interrupted, is not encoded again.
+
+    Args:
+        valid_share: of the artists, or songs, to hold out, unless `songs` has a folder per split.
+        seed: of the draw of these.
+        max_minutes: longer files are left out.
+        on_progress: called as (stage, done, total), with files in "read", seconds in "encode".
 
     Returns:
-        How many songs the split now has.
+        The report, as it is in `folder`/report.json; see docs/fine-tuning.md.
+
+    Raises:
+        KhalaError: if there is no sound file, none can be used, or the disk is full. A song that
+            cannot be used is no error: it is in the report.
     """
-    found = songs.iterdir() if songs.is_dir() else ()
-    files = sorted(path for path in found if path.suffix.lower() in SOUNDS)
-    if not files:
-        raise KhalaError(f"{songs} holds no sound files ({', '.join(SOUNDS)}).")
-    entries = []
-    for number, path in enumerate(files):
-        name = f"{split}-{path.stem}"
-        target = folder / "codes" / f"{name}.npz"
-        if not target.exists():
-            wave = read_audio(path, codec.config.sample_rate, codec.config.channels)
-            save_codes(target, codec.encode(wave))
-        entries.append(
-            {
-                "id": name,
-                "split": split,
-                "tags": _words(path, "caption"),
-                "lyrics": _words(path, "lyrics"),
-                "frames": int(load_codes(target).shape[1]),
-            }
+    report = on_progress or (lambda stage, done, total: None)
+    codec = tools.codec.config
+    hearing = Hearing(
+        folder / "heard.json", codec.sample_rate, codec.channels, max_seconds=max_minutes * 60
+    )
+    chosen, skipped, remarks = _choose(songs, folder, tools, hearing, report)
+    hearing.remember()
+    encoded, failed = _encode(chosen, folder, tools, hearing, report)
+    skipped += failed
+    lost = {entry["file"] for entry in failed}
+    chosen = [song for song in chosen if song.found.name not in lost]
+    how: dict[str, Any] = {"by": "folder"}
+    if not has_splits(songs):
+        how = {"by": "hash", "valid_share": valid_share, "seed": seed}
+    splits = _splits(chosen, how, _splits_before(folder, how))
+    entries = [_entry(song, split, codec.hop) for song, split in zip(chosen, splits, strict=True)]
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    told = {
+        "folder": str(folder),
+        **_totals(entries, codec.frame_rate),
+        **{
+            split: _totals([each for each in entries if each["split"] == split], codec.frame_rate)
+            for split in SPLITS
+        },
+        "encoded": encoded,
+        "skipped": skipped,
+        "remarks": remarks,
+        "split": how,
+        "max_minutes": max_minutes,
+        "codec": tools.identity,
+    }
+    _write(folder / "metadata.jsonl", lines)
+    _write(folder / "report.json", json.dumps(told, ensure_ascii=False, indent=2) + "\n")
+    if not entries:
+        raise KhalaError(
+            f"None of the sound files in {songs} can be used, {folder / 'report.json'} says why; "
+            f"the first: {skipped[0]['file']}: {skipped[0]['detail']}"
         )
-        if on_progress is not None:
-            on_progress(number + 1, len(files))
-    _write_index(folder / "metadata.jsonl", split, entries)
-    return len(entries)
+    if empty := [split for split in SPLITS if not told[split]["songs"]]:
+        text = f"There are no songs for the split {empty[0]}, which training needs: add some."
+        warnings.warn(text, KhalaWarning, stacklevel=2)
+    return told
 
 
-def _words(sound: Path, kind: str) -> str:
-    path = sound.with_suffix(f".{kind}.txt")
-    return path.read_text(encoding="utf-8-sig").strip() if path.exists() else ""
+def _choose(
+    songs: Path, folder: Path, tools: Tools, hearing: Hearing, report: Progress
+) -> tuple[list[_Chosen], list[dict[str, str]], list[dict[str, str]]]:
+    """The songs that can be used, each sound once; what is left out, and what else is to say."""
+    found = find_songs(songs, folder)
+    told, problems = read_tables(songs, found)
+    skipped = [_skipped(where, error) for where, error in problems]
+    remarks: list[dict[str, str]] = []
+    chosen: dict[str, _Chosen] = {}
+    for number, each in enumerate(found, 1):
+        try:
+            song, said = _look(each, told.get(each.path, Words()), tools, hearing)
+            if first := chosen.get(song.heard.sound):
+                raise Unusable("duplicate", f"It holds the same sound as {first.found.name}.")
+            chosen[song.heard.sound] = song
+            remarks += [{"file": each.name, "detail": sentence} for sentence in said]
+        except Unusable as error:
+            skipped.append(_skipped(each.name, error, each.split))
+        report("read", number, len(found))
+    return list(chosen.values()), skipped, remarks
 
 
-def _write_index(index: Path, split: str, entries: list[dict[str, Any]]) -> None:
-    """Replace the entries of one split, keep those of the others."""
-    lines = index.read_text(encoding="utf-8").splitlines() if index.exists() else []
-    kept = [line for line in lines if json.loads(line)["split"] != split]
-    kept += [json.dumps(entry, ensure_ascii=False) for entry in entries]
-    with appears_whole(index, overwrite=True) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+def _look(found: Found, told: Words, tools: Tools, hearing: Hearing) -> tuple[_Chosen, list[str]]:
+    """One song and remarks on it; Unusable if there is something against it."""
+    if found.split is None:
+        raise Unusable("outside", f"It lies outside of the folders {' and '.join(SPLITS)}.")
+    heard = hearing.listen(found.path)
+    words, remarks = words_of(found.path, told)
+    seconds = heard.samples / tools.codec.config.sample_rate
+    minutes = min(words.minutes or minutes_of(seconds), tools.layout.max_minutes)
+    _check_prompt(words, minutes, tools)
+    codes = f"codes/{heard.sound[:24]}-{tools.identity[:8]}.npz"
+    return _Chosen(found, heard, words, minutes, codes), remarks
+
+
+def minutes_of(seconds: float) -> int:
+    """What a prompt says of a song this long: the nearest whole minutes, at least one."""
+    return max(1, int(seconds / 60 + 0.5))
+
+
+def _check_prompt(words: Words, minutes: int, tools: Tools) -> None:
+    """Refuse what generation would refuse."""
+    try:
+        prompt = prompt_of(words.tags, words.lyrics, words.instrumental, minutes)
+        # The limits of models that are yet to be trained are not known.
+        if tools.config is not None:
+            _check_limits(prompt, tools.tokenizer, tools.config)
+    except PromptError as error:
+        raise Unusable("prompt", str(error)) from error
+
+
+def _check_limits(prompt: Prompt, tokenizer: Tokenizer, config: KhalaConfig) -> None:
+    ids = build_ids(prompt, config.tokens, tokenizer)
+    limits = {"the backbone": config.backbone.max_prompt, "superres": config.superres.max_prompt}
+    for taken, (stage, limit) in zip(map(len, ids), limits.items(), strict=True):
+        if taken > limit:
+            raise PromptError(
+                f"Its prompt takes {taken} tokens where {stage} allows {limit}: shorten the "
+                "lyrics or the caption."
+            )
+
+
+def _encode(
+    chosen: Sequence[_Chosen], folder: Path, tools: Tools, hearing: Hearing, report: Progress
+) -> tuple[int, list[dict[str, str]]]:
+    """Write the codes that are missing; returns how many, and the songs that failed meanwhile."""
+    codec, rate = tools.codec, tools.codec.config.sample_rate
+    missing = [song for song in chosen if not _is_there(folder / song.codes)]
+    total = -(-sum(song.heard.samples for song in missing) // rate)
+    dtype = np.int16 if codec.config.codebook_size <= 2**15 else np.int32
+    done, failed = 0, []
+    for song in missing:
+        before = done
+        done += song.heard.samples
+
+        def shown(frames: int, _: int, before: int = before, after: int = done) -> None:
+            samples = min(before + frames * codec.config.hop, after)
+            report("encode", -(-samples // rate), total)
+
+        try:
+            wave = hearing.wave(song.found.path, song.heard)
+        except Unusable as error:
+            failed.append(_skipped(song.found.name, error, song.found.split))
+            continue
+        codes = codec.encode(wave, on_progress=shown)
+        save_codes(folder / song.codes, codes, dtype=dtype, overwrite=True)
+    return len(missing) - len(failed), failed
+
+
+def _is_there(codes: Path) -> bool:
+    try:
+        load_codes(codes)
+    except AudioError:
+        return False
+    return True
+
+
+def _splits(
+    chosen: Sequence[_Chosen], how: Mapping[str, Any], before: Mapping[str, str]
+) -> list[str]:
+    if how["by"] == "folder":
+        return [song.found.split or "" for song in chosen]
+    songs = [(song.words.artist, song.heard.sound) for song in chosen]
+    return draw_splits(songs, how["valid_share"], how["seed"], before)
+
+
+def _splits_before(folder: Path, how: Mapping[str, Any]) -> dict[str, str]:
+    """The splits of sounds that were drawn in the same way when `folder` was last prepared."""
+    try:
+        if json.loads((folder / "report.json").read_text(encoding="utf-8"))["split"] != how:
+            return {}
+        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").split("\n")
+        entries = [json.loads(line) for line in lines if line]
+        return {entry["sound"]: entry["split"] for entry in entries if entry["split"] in SPLITS}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _entry(song: _Chosen, split: str, hop: int) -> dict[str, Any]:
+    """What metadata.jsonl tells of a song; its lyrics are cleaned when they are read."""
+    return {
+        "id": song.found.name,
+        "split": split,
+        **asdict(song.words),
+        "minutes": song.minutes,
+        "frames": -(-song.heard.samples // hop),
+        "codes": song.codes,
+        "sound": song.heard.sound,
+    }
+
+
+def _totals(entries: Sequence[Mapping[str, Any]], frame_rate: float) -> dict[str, Any]:
+    frames = sum(entry["frames"] for entry in entries)
+    return {"songs": len(entries), "minutes": round(frames / frame_rate / 60, 2)}
+
+
+def _skipped(name: str, error: Unusable, split: str | None = None) -> dict[str, str]:
+    entry = {"file": name, "reason": error.reason, "detail": str(error)}
+    return {**entry, "split": split} if split else entry
+
+
+def _write(path: Path, text: str) -> None:
+    with appears_whole(path, overwrite=True) as temporary:
+        temporary.write_text(text, encoding="utf-8")

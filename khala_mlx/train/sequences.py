@@ -33,6 +33,15 @@ class Example:
         return np.concatenate([self.backbone_prompt, audio, end])
 
 
+def prompt_of(tags: str, lyrics: str, instrumental: bool, minutes: int) -> Prompt:
+    """The prompt that generation builds from these words, cleaned.
+
+    Raises:
+        PromptError: if generation would refuse them.
+    """
+    return cleaned(Prompt(tags=tags, lyrics=lyrics, instrumental=instrumental, minutes=minutes))
+
+
 def examples_of(
     songs: Sequence[CodedSong],
     layout: TokenLayout,
@@ -45,9 +54,9 @@ def examples_of(
     """
     examples = []
     for song in songs:
-        prompt = cleaned(
-            Prompt(tags=song.tags, lyrics=song.lyrics, minutes=song.about.get("minutes", 1))
-        )
+        minutes = min(song.about.get("minutes", 1), layout.max_minutes)
+        instrumental = song.about.get("instrumental", False)
+        prompt = prompt_of(song.tags, song.lyrics, instrumental, minutes)
         backbone, superres = build_ids(prompt, layout, tokenizer)
         room = room_behind(len(backbone), len(superres))
         if room < 1:
