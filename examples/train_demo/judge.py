@@ -79,7 +79,10 @@ def ctc_loss(log_probs: mx.array, labels: np.ndarray) -> mx.array:
         two = mx.pad(alpha[:, :-2], [(0, 0), (2, 0)], constant_values=_NONE) + barred
         alpha = mx.logaddexp(mx.logaddexp(alpha, one), two) + emitted[:, step]
     ends = mx.array(np.stack([2 * lengths, np.maximum(2 * lengths - 1, 0)], axis=1))
-    return -mx.logsumexp(mx.take_along_axis(alpha, ends, axis=1), axis=1).mean()
+    # Without labels both ends are one, which must not count twice.
+    once = mx.array(np.stack([np.zeros(batch), np.where(lengths, 0, _NONE)], axis=1))
+    last = mx.take_along_axis(alpha, ends, axis=1) + once.astype(mx.float32)
+    return -mx.logsumexp(last, axis=1).mean()
 
 
 def read(log_probs: np.ndarray) -> list[str]:
