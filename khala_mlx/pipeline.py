@@ -316,8 +316,10 @@ class Khala:
             raise KhalaError(f"seconds has to be above 0 and not below min_seconds, got {seconds}.")
         rate = self.config.codec.frame_rate
         asked = request.minutes * 60 if seconds is None else seconds
-        if self._frames(max(asked, least)) > fit:
-            self._warn_window(self._frames(max(asked, least)), fit)
+        # One minute is the least a prompt can say, and no wish that a smaller window breaks.
+        wished = least if seconds is None and request.minutes == 1 else max(asked, least)
+        if self._frames(wished) > fit:
+            self._warn_window(self._frames(wished), fit)
         most = self._frames(asked + (SPARE_MINUTES * 60 if seconds is None else 0))
         most = min(fit, max(most, self._frames(least)))
         return most, min(most, math.ceil(least * rate))
