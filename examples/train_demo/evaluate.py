@@ -176,7 +176,7 @@ def pictures(model: str, out: Path) -> None:
         axis.set(title=title, ylabel="mel band")
     axes[-1].set(xlabel=f"seconds; lyrics: {each.lyrics.replace(chr(10), ' / ')} ({each.tags})")
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=80)
+    figure.savefig(out, dpi=60)
     click.echo(str(out))
 
 
