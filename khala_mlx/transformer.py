@@ -9,22 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from khala_mlx.attention import in_chunks
 from khala_mlx.config import TransformerConfig
 from khala_mlx.errors import KhalaError
 
 # MLX's CPU attention writes all scores out: chunks of queries keep them under this many bytes.
 CPU_SCORE_BYTES = 64 * 2**20
+# The same while gradients are taken: some four times as much is held then, for several chunks.
+CPU_TRAINING_SCORE_BYTES = 16 * 2**20
 
 
 def make_cache(num_layers: int, capacity: int) -> list[Any]:
     """mlx-lm key-value caches that allocate room for `capacity` tokens once."""
-    with _file_limit_kept():
+    with file_limit_kept():
         from mlx_lm.models.cache import KVCache
     caches = [KVCache() for _ in range(num_layers)]
     for cache in caches:
@@ -34,7 +38,7 @@ def make_cache(num_layers: int, capacity: int) -> list[Any]:
 
 
 @contextmanager
-def _file_limit_kept() -> Iterator[None]:
+def file_limit_kept() -> Iterator[None]:
     """Importing mlx_lm lowers RLIMIT_NOFILE, hard limit included, for the whole process."""
     import resource
 
@@ -47,16 +51,29 @@ def _file_limit_kept() -> Iterator[None]:
         resource.setrlimit = setrlimit
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, causal: bool) -> mx.array:
+def attend(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    causal: bool,
+    training: bool = False,
+) -> mx.array:
     """Attention of queries [B, N, Q, D] over keys and values [B, G, S, D], G dividing N.
 
     With `causal` the last query sees the last key. Fused on the GPU, where memory is O(S); on the
     CPU backend the queries go in chunks, because the scores are written out there.
     """
     mask = "causal" if causal and q.shape[2] > 1 else None
-    rows = max(1, CPU_SCORE_BYTES // (4 * q.shape[0] * q.shape[1] * k.shape[2]))
+    row = 4 * q.shape[0] * q.shape[1] * k.shape[2]
+    rows = max(1, CPU_SCORE_BYTES // row)
     if mx.default_device() != mx.cpu or q.shape[2] <= rows:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    if training:
+        whole = partial(mx.fast.scaled_dot_product_attention, scale=scale, mask=mask)
+        rows = max(1, CPU_TRAINING_SCORE_BYTES // row)
+        return in_chunks(whole, rows, causal=causal)(q, k, v)
     chunks = []
     for start in range(0, q.shape[2], rows):
         part = q[:, :, start : start + rows]
@@ -95,7 +112,7 @@ class Attention(nn.Module):
         v = self._heads(self.v_proj(x), self.num_kv_heads)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
-        out = attend(q, k, v, scale=self.scale, causal=causal)
+        out = attend(q, k, v, scale=self.scale, causal=causal, training=self.training)
         return self.o_proj(out.swapaxes(1, 2).flatten(2))
 
     def _heads(self, x: mx.array, heads: int) -> mx.array:
