@@ -51,8 +51,8 @@ def open_part(root: Path, part: str, config: AnyConfig, shapes: Shapes) -> Part[
 
 
 def _checked_part(root: Path, part: str, config: AnyConfig, shapes: Shapes) -> Part[AnyConfig]:
-    index = root / f"{part}.safetensors.index.json"
-    tensors = _sharded(index) if index.is_file() else read(root / f"{part}.safetensors")
+    index = _index(root, part)
+    tensors = stored_tensors(root, part)
     require_names(shapes, tensors)
     require_shapes(
         [
@@ -66,6 +66,16 @@ def _checked_part(root: Path, part: str, config: AnyConfig, shapes: Shapes) -> P
     require_floats(found.values())
     files = (index,) if index.is_file() else ()
     return Part(part, config, found, unused, files=files)
+
+
+def stored_tensors(root: Path, part: str) -> dict[str, Tensor]:
+    """Every tensor of a part by the name it has in its file or files, packed ones in pieces."""
+    index = _index(root, part)
+    return _sharded(index) if index.is_file() else read(root / f"{part}.safetensors")
+
+
+def _index(root: Path, part: str) -> Path:
+    return root / f"{part}.safetensors.index.json"
 
 
 def _sharded(index: Path) -> dict[str, Tensor]:

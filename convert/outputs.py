@@ -153,3 +153,22 @@ def _pack(values: np.ndarray, dtype: str, how: Quantization) -> list[np.ndarray]
     if dtype == "bfloat16":
         scales, biases = scales.view(mx.uint16), biases.view(mx.uint16)
     return [np.array(packed), np.array(scales), np.array(biases)]
+
+
+def unpacked(pieces: Sequence[tuple[np.ndarray, str]], how: Quantization) -> np.ndarray:
+    """Rows of a matrix in float32 from those of its weight, scales and, if any, biases."""
+    import mlx.core as mx
+
+    weight, scales, *biases = [
+        mx.array(values).view(mx.bfloat16) if dtype == "bfloat16" else mx.array(values)
+        for values, dtype in pieces
+    ]
+    plain = mx.dequantize(
+        weight,
+        scales,
+        biases[0] if biases else None,
+        group_size=how.group_size,
+        bits=how.bits,
+        mode=how.mode,
+    )
+    return np.array(plain.astype(mx.float32))

@@ -80,7 +80,7 @@ def convert(
         tokens = find_tokenizer(tokenizer, located.root, config.tokens)
         return _write_all(located, opened, packing, config, tokens, folder, on_progress)
 
-    return _written(destination, work)
+    return written(destination, work)
 
 
 def pack(
@@ -124,10 +124,10 @@ def pack(
         located = Located(Path(), trained.LAYOUT)
         return _write_all(located, opened, packing, config, tokens, folder, on_progress)
 
-    return _written(destination, work)
+    return written(destination, work)
 
 
-def _written(destination: str | Path, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+def written(destination: str | Path, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """Let `work` fill the folder and report; the folder appears whole or not at all."""
     destination = Path(destination).expanduser()
     with _without_empty_parents(destination), appears_whole(destination, folder=True) as folder:

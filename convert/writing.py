@@ -39,7 +39,7 @@ def write_part(
 
     with naming(part.name):
         checksums = _check_sources(sources, extents, located, part.root or located.root, count)
-        shards = _write_files(part.name, outputs, folder, count)
+        shards = write_files(part.name, outputs, folder, count)
     entries = [entry for output in outputs for entry in output.entries]
     return {
         "tensors": len(entries),
@@ -69,9 +69,10 @@ def _check_sources(
     return checksums
 
 
-def _write_files(
+def write_files(
     part: str, outputs: list[Output], folder: Path, count: Callable[[int], None]
 ) -> list[str]:
+    """Write a part's tensors into one file, or several with an index; returns their names."""
     shards = files(part, outputs)
     try:
         for file, shard in shards:

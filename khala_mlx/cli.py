@@ -88,6 +88,16 @@ main.add_command(train)
 )
 @click.option("--like", type=FILE, help="Take everything not given here from a song.json.")
 @model_option
+@click.option(
+    "--adapter", "adapters", type=FILE, multiple=True, help="What a model was taught; repeatable."
+)
+@click.option(
+    "--adapter-scale",
+    "adapter_scales",
+    type=float,
+    multiple=True,
+    help="How strongly each adapter works.  [default: 1]",
+)
 @click.option("--output", "-o", type=FILE, help="wav, flac, ogg or mp3.  [default: song.wav]")
 @depth_option
 @normalize_option
@@ -99,15 +109,17 @@ def generate(**options: Any) -> None:
     """Make a song from tags and lyrics."""
     from khala_mlx.audio import check_output
     from khala_mlx.pipeline import Khala
-    from khala_mlx.song import check_free, warn_other_model
+    from khala_mlx.song import check_free, warn_other_adapters, warn_other_model
 
     output = options["output"] or _free_name()
     check_output(output, options["bit_depth"])
     check_free(output)
     request = _request(options)
     khala = Khala.from_pretrained(options["model"], keep_loaded=False)
+    _load_adapters(khala, options["adapters"], options["adapter_scales"])
     if options["like"]:
         warn_other_model(options["like"], khala.identity)
+        warn_other_adapters(options["like"], khala.adapters)
     if options["dry_run"]:
         report(khala.plan(request), options["as_json"])
         return
@@ -313,6 +325,14 @@ def _request(options: dict[str, Any]) -> Any:
     if given.get("seed", 0) is None:
         given["seed"] = secrets.randbelow(2**32)
     return dataclasses.replace(base, **given)
+
+
+def _load_adapters(khala: Any, paths: tuple[Path, ...], scales: tuple[float, ...]) -> None:
+    if not paths and not scales:
+        return
+    from khala_mlx.convert import read_adapter
+
+    khala.load_adapters([read_adapter(path) for path in paths], scales or None)
 
 
 def _given(name: str) -> bool:

@@ -24,6 +24,9 @@ MODEL_TYPE = "khala"
 FORMAT_VERSION = 1
 DTYPES = ("bfloat16", "float16", "float32")
 WEIGHTS_LICENCE = "CC BY-NC 4.0"
+# The linear layers of a block, in the order in which published adapters number them.
+ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+LINEARS = (*ATTENTION_LINEARS, "gate_proj", "up_proj", "down_proj")
 
 
 class Strict:

@@ -13,6 +13,10 @@ class WeightsError(KhalaError):
     """A model folder whose files or tensors do not match its config."""
 
 
+class AdapterError(KhalaError):
+    """An adapter that cannot be read, or that does not fit the model it is for."""
+
+
 class PromptError(KhalaError):
     """A prompt that cannot be built or does not fit."""
 

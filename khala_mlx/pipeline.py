@@ -7,7 +7,7 @@ import math
 import secrets
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,16 +17,18 @@ import mlx.core as mx
 import numpy as np
 
 from khala_mlx import tokens
+from khala_mlx.adapter import Adapter
 from khala_mlx.backbone import Backbone
 from khala_mlx.codec import Codec
 from khala_mlx.config import DTYPES, KhalaConfig
 from khala_mlx.errors import KhalaError, KhalaWarning
+from khala_mlx.lora import Adapters
 from khala_mlx.prompt import Prompt, prompt_ids, prompt_texts
 from khala_mlx.sampling import check_sampling, stage_key
 from khala_mlx.song import SIDECAR_VERSION, Request, Song
 from khala_mlx.superres import SuperRes
 from khala_mlx.tokenizer import Tokenizer
-from khala_mlx.weights import find_model, load_part
+from khala_mlx.weights import find_model, load_part, working_dtype
 
 Progress = Callable[[str, int, int], None]
 Loaded = TypeVar("Loaded", Backbone, SuperRes, Codec)
@@ -52,9 +54,10 @@ class Khala:
         self.folder = folder
         self.config = config
         self.tokenizer = tokenizer
-        self.dtype = dtype or _working_dtype(config)
+        self.dtype = dtype or working_dtype(config)
         self.keep_loaded = keep_loaded
         self._parts: dict[str, Any] = {}
+        self._adapters = Adapters()
 
     @classmethod
     def from_pretrained(
@@ -86,8 +89,10 @@ class Khala:
 
     @property
     def backbone(self) -> Backbone:
-        """The backbone, loaded when first asked for."""
-        return self._part("backbone", lambda c: Backbone(c.backbone, c.tokens))
+        """The backbone, loaded when first asked for, with the adapters of `load_adapters` on it."""
+        model = self._part("backbone", lambda c: Backbone(c.backbone, c.tokens))
+        self._adapters.enter(model)
+        return model
 
     @property
     def superres(self) -> SuperRes:
@@ -99,8 +104,34 @@ class Khala:
         """The codec, loaded when first asked for."""
         return self._part("codec", lambda c: Codec(c.codec))
 
+    def load_adapters(
+        self, adapters: Sequence[str | Path | Adapter], scales: Sequence[float] | None = None
+    ) -> None:
+        """Put these adapters, and no others, on the backbone; none takes all off.
+
+        The base is neither loaded again nor changed: without adapters, or with scales of 0, it
+        gives what it gave before, bit by bit.
+
+        Args:
+            adapters: folders made by `khala train lora` (or mlx-lm), or what
+                `khala_mlx.convert.read_adapter` makes of other formats.
+            scales: how strongly each works, 1 as trained.
+
+        Raises:
+            KhalaError: if one cannot be read, or fits neither the layers nor the weights; what was
+                on the backbone before then stays.
+        """
+        self._adapters.choose(self.config, adapters, scales)
+
+    @property
+    def adapters(self) -> list[dict[str, Any]]:
+        """Name, sha256 and scale of each adapter of `load_adapters`."""
+        return self._adapters.told()
+
     def release(self, part: str) -> None:
         """Free the memory of "backbone", "superres" or "codec"; it is loaded again when needed."""
+        if part == "backbone":
+            self._adapters.leave()
         self._parts.pop(part, None)
         mx.clear_cache()
 
@@ -378,6 +409,7 @@ class Khala:
                 "quantized": bool(config.quantization),
                 "licence": config.licence,
                 "source": dict(config.source),
+                "adapters": self.adapters,
             },
             "request": request.to_dict(),
             "prompt_tokens": {"backbone": prompts[0], "superres": prompts[1]},
@@ -392,10 +424,6 @@ class Khala:
     def identity(self) -> str:
         """sha256 of config.json, which names the checksums of what the weights came from."""
         return hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
-
-
-def _working_dtype(config: KhalaConfig) -> str:
-    return "float32" if mx.default_device() == mx.cpu else config.dtype
 
 
 def _clock_time(seconds: float) -> str:

@@ -180,3 +180,21 @@ def warn_other_model(sidecar: Path, identity: str) -> None:
             KhalaWarning,
             stacklevel=2,
         )
+
+
+def warn_other_adapters(sidecar: Path, adapters: list[dict[str, Any]]) -> None:
+    """Warn if a song.json names other adapters than these (see Khala.adapters)."""
+    model = json.loads(sidecar.read_text(encoding="utf-8")).get("model")
+    found = model.get("adapters") if isinstance(model, dict) else None
+    recorded = [each for each in found or [] if isinstance(each, dict)]
+
+    def effect(every: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
+        return [(each.get("sha256"), each.get("scale")) for each in every]
+
+    if effect(recorded) != effect(adapters):
+        told = ", ".join(f"{each.get('name')} at {each.get('scale')}" for each in recorded)
+        warnings.warn(
+            f"{sidecar} was made with other adapters ({told or 'none'}): the song will differ.",
+            KhalaWarning,
+            stacklevel=2,
+        )

@@ -56,6 +56,11 @@ def find_model(source: str | Path) -> Path:
     return path
 
 
+def working_dtype(config: KhalaConfig) -> str:
+    """What the language models compute in: what they are stored in, on the CPU backend float32."""
+    return "float32" if mx.default_device() == mx.cpu else config.dtype
+
+
 def part_files(folder: Path, part: str) -> list[Path]:
     """The safetensors files of one part: a single file, or those its index names.
 

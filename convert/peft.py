@@ -1,0 +1,171 @@
+"""Adapters in PEFT's layout: adapter_model.safetensors and adapter_config.json.
+
+`lora_A` is [r, in], `lora_B` [out, r], the scale lora_alpha / r; DoRA's `lora_magnitude_vector` is
+[out]. Names are those of a Llama in transformers, or of the PyTorch port's modules.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from khala_mlx.adapter import Adapter, Pair, module_key, read_config
+from khala_mlx.config import LINEARS
+from khala_mlx.convert.safetensors_files import Entry, Output
+from khala_mlx.convert.safetensors_files import write as write_tensors
+from khala_mlx.convert.tensors import Tensor, require_float, to_float32
+from khala_mlx.errors import AdapterError
+from khala_mlx.names import listed, shown
+
+FILES = ("adapter_model.safetensors", "adapter_model.bin")
+CONFIG = "adapter_config.json"
+
+_PREFIX = "base_model.model.model."
+_NAME = re.compile(
+    r"(?:base_model\.model\.)?(?:model\.)?(layers\.\d{1,6}\.)(?:self_attn|attn|mlp)\.(\w+)\."
+    r"(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
+)
+# Settings that mean other maths, with the values that do not.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": (None, "LORA"),
+    "bias": (None, "none"),
+    "fan_in_fan_out": (None, False),
+    "lora_bias": (None, False),
+    "layer_replication": (None,),
+    "modules_to_save": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, []),
+}
+
+
+def parse(name: str, tensors: Mapping[str, Tensor], folder: Path) -> Adapter:
+    """The adapter of these tensors and of adapter_config.json in `folder`.
+
+    Raises:
+        AdapterError: naming every tensor and setting that is not LoRA or DoRA on linear layers.
+    """
+    about = read_config(folder / CONFIG)
+    if odd := [key for key, plain in _PLAIN.items() if about.get(key) not in plain]:
+        raise AdapterError(
+            f"The adapter {shown(name)} does more than LoRA and DoRA: {CONFIG} sets {listed(odd)}."
+        )
+    if not is_positive(about.get("r")) or not is_positive(about.get("lora_alpha")):
+        raise AdapterError(f"{CONFIG} of {shown(name)} gives no sensible r and lora_alpha.")
+    layers = _by_layer(name, tensors, dora=bool(about.get("use_dora")))
+    scale = _scale(about, "", about["r"])
+    pairs = {}
+    for path, parts in layers.items():
+        found = pair(parts["lora_A"], parts["lora_B"])
+        # One scale for all; what a layer has on top of it goes into its matrix.
+        own = _scale(about, path, found.a.shape[1]) / scale
+        m = values(parts["lora_magnitude_vector"]) if "lora_magnitude_vector" in parts else None
+        pairs[path] = Pair(found.a, found.b if own == 1 else found.b * np.float32(own), m)
+    return Adapter(name, scale, pairs)
+
+
+def write(adapter: Adapter, folder: Path) -> None:
+    """Write both files into an existing folder."""
+    tensors: dict[str, np.ndarray] = {}
+    for path, pair in sorted(adapter.pairs.items()):
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = np.ascontiguousarray(pair.a.T)
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = np.ascontiguousarray(pair.b.T)
+        if pair.m is not None:
+            tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = pair.m
+    outputs = [
+        Output((Entry(name, "float32", array.shape),), partial(iter, [array]))
+        for name, array in tensors.items()
+    ]
+    write_tensors(folder / FILES[0], outputs, lambda _: None)
+    text = json.dumps(_config(adapter), indent=2, ensure_ascii=False)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def pair(a: Tensor, b: Tensor) -> Pair:
+    """A pair from torch's matrices A [r, in] and B [out, r]."""
+    for tensor in (a, b):
+        if len(tensor.shape) != 2:
+            raise AdapterError(f"{shown(tensor.name)} is no matrix.")
+    return Pair(np.ascontiguousarray(values(a).T), np.ascontiguousarray(values(b).T))
+
+
+def values(tensor: Tensor) -> np.ndarray:
+    """All values, as float32."""
+    require_float(tensor)
+    return to_float32(tensor.whole(), tensor)
+
+
+def is_positive(value: Any) -> bool:
+    """Whether it is a number above 0."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 < value < math.inf
+
+
+def _by_layer(
+    name: str, tensors: Mapping[str, Tensor], *, dora: bool
+) -> dict[str, dict[str, Tensor]]:
+    layers: dict[str, dict[str, Tensor]] = {}
+    odd = []
+    for key, tensor in tensors.items():
+        match = _NAME.fullmatch(key)
+        if match is None or match[2] not in LINEARS:
+            odd.append(key)
+        else:
+            layers.setdefault(match[1] + module_key(match[2]), {})[match[3]] = tensor
+    wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if dora else set())
+    odd += [path for path, parts in layers.items() if not wanted <= set(parts)]
+    if odd:
+        raise AdapterError(
+            f"The adapter {shown(name)} holds tensors that belong to no linear layer of the "
+            f"backbone, or whose partner is missing: {listed(sorted(odd))}."
+        )
+    return layers
+
+
+def _scale(about: Mapping[str, Any], path: str, rank: int) -> float:
+    """lora_alpha / r of a layer; alpha_pattern may give some layers another alpha."""
+    alpha = about["lora_alpha"]
+    pattern = about.get("alpha_pattern")
+    for key, value in pattern.items() if isinstance(pattern, dict) and path else ():
+        # PEFT takes expressions too; names are all that its users and `write` need.
+        if not re.fullmatch(r"[\w.]+", str(key)) or not is_positive(value):
+            raise AdapterError(f"alpha_pattern holds {shown(key)}, which is no name of a layer.")
+        if path == key or path.endswith(f".{key}"):
+            alpha = value
+    return float(alpha / (math.sqrt(rank) if about.get("use_rslora") else rank))
+
+
+def _config(adapter: Adapter) -> dict[str, Any]:
+    ranks = {path: pair.a.shape[1] for path, pair in adapter.pairs.items()}
+    rank = max(ranks.values())
+    others = {path: own for path, own in ranks.items() if own != rank}
+
+    def alpha(rank: int) -> float:
+        value = adapter.scale * rank
+        return int(value) if value.is_integer() else value
+
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": rank,
+        "lora_alpha": alpha(rank),
+        "rank_pattern": others,
+        "alpha_pattern": {path: alpha(own) for path, own in others.items()},
+        "lora_dropout": 0.0,
+        # In full, so that PEFT puts an adapter on these layers and no others.
+        "target_modules": sorted(adapter.pairs),
+        "use_dora": adapter.dora,
+        "use_rslora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
