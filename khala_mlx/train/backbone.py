@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +47,11 @@ class BackboneTask:
         mx.eval(self.model.parameters())
         if settings.start:
             fill_part(self.model, Path(settings.start), "backbone").train()
-        self.by_length = _by_length(train, settings.tokens)
+        self.by_length = by_length(train, settings.tokens)
         self.state: dict[str, mx.array] = {}
 
     def batch(self, rng: np.random.Generator, step: int) -> mx.array:
-        # One group a batch, drawn by its size: hardly any padding, every song as likely.
-        sizes = np.array([len(group) for group in self.by_length], dtype=np.float64)
-        group = self.by_length[rng.choice(len(sizes), p=sizes / sizes.sum())]
-        count = min(self.settings.schedule.batch_size, len(group))
-        return self._rows([group[index] for index in rng.choice(len(group), count, replace=False)])
+        return self._rows(drawn(self.by_length, rng, self.settings.schedule.batch_size))
 
     def loss(self, batch: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
         return audio_loss(self.model, self.layout, batch), {}
@@ -75,12 +71,22 @@ class BackboneTask:
         return mx.array(padded([each.coarse_sequence(self.layout) for each in examples]))
 
 
-def _by_length(examples: list[Example], layout: TokenLayout) -> list[list[Example]]:
+def by_length(examples: list[Example], layout: TokenLayout) -> list[list[Example]]:
     """Songs whose sequences are padded alike."""
     groups: dict[int, list[Example]] = defaultdict(list)
     for example in examples:
         groups[padded([example.coarse_sequence(layout)]).shape[1]].append(example)
     return [groups[length] for length in sorted(groups)]
+
+
+def drawn(
+    groups: Sequence[Sequence[Example]], rng: np.random.Generator, count: int
+) -> list[Example]:
+    """At most `count` different songs of one group: hardly any padding, every song as likely."""
+    sizes = np.array([len(group) for group in groups], dtype=np.float64)
+    group = groups[rng.choice(len(sizes), p=sizes / sizes.sum())]
+    chosen = rng.choice(len(group), min(count, len(group)), replace=False)
+    return [group[index] for index in chosen]
 
 
 def train_backbone(

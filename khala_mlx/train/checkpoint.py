@@ -21,14 +21,14 @@ FILE = "checkpoint.safetensors"
 def save(
     folder: Path,
     step: int,
-    model: nn.Module,
+    weights: dict[str, Any],
     optimizer: optim.Optimizer,
     state: dict[str, mx.array],
     settings: dict[str, Any],
 ) -> None:
-    """Write weights, optimiser and `state` as they are after `step` steps."""
+    """Write a tree of weights, the optimiser and `state` as they are after `step` steps."""
     arrays = {
-        **{f"model.{name}": array for name, array in tree_flatten(model.parameters())},
+        **{f"model.{name}": array for name, array in tree_flatten(weights)},
         **{f"optimizer.{name}": array for name, array in tree_flatten(optimizer.state)},
         **{f"state.{name}": array for name, array in state.items()},
     }
@@ -38,9 +38,16 @@ def save(
 
 
 def load(
-    folder: Path, model: nn.Module, optimizer: optim.Optimizer, settings: dict[str, Any]
+    folder: Path,
+    model: nn.Module,
+    weights: dict[str, Any],
+    optimizer: optim.Optimizer,
+    settings: dict[str, Any],
 ) -> tuple[int, dict[str, mx.array]]:
-    """Fill model and optimiser from a checkpoint; returns its step and state.
+    """Fill the `weights` of a model, and the optimiser, from a checkpoint.
+
+    Returns:
+        The checkpoint's step and state.
 
     Raises:
         WeightsError: if there is none, it is damaged, or belongs to other settings.
@@ -61,6 +68,12 @@ def load(
     for name, array in arrays.items():
         part, rest = name.split(".", 1)
         parts[part][rest] = array
-    model.load_weights(list(parts["model"].items()), strict=True)
+    if _shapes(parts["model"]) != _shapes(dict(tree_flatten(weights))):
+        raise WeightsError(f"{path} holds other weights than this training learns.")
+    model.load_weights(list(parts["model"].items()), strict=False)
     optimizer.state = tree_unflatten(list(parts["optimizer"].items()))
     return int(about["step"]), parts["state"]
+
+
+def _shapes(arrays: dict[str, mx.array]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in arrays.items()}

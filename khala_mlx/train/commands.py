@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from khala_mlx.terminal import Progress, command, report
+from khala_mlx.train.adapter_commands import export, fuse, lora
 
 FOLDER = click.Path(path_type=Path)
 
@@ -16,6 +17,10 @@ FOLDER = click.Path(path_type=Path)
 @click.group()
 def train() -> None:
     """Train the three models, one after the other: codec, backbone, superres."""
+
+
+for each in (lora, fuse, export):
+    train.add_command(each)
 
 
 def _options(work: Callable[..., None]) -> Callable[..., None]:

@@ -70,7 +70,7 @@ class Run:
         optimizer = make_optimizer(self.schedule)
         optimizer.init(self.task.model.trainable_parameters())
         first = self._start(optimizer, resume)
-        value_and_grad = nn.value_and_grad(self.task.model, self.task.loss)
+        value_and_grad = self.value_and_grad()
         figures: dict[str, float] = {}
         for step in range(first, self.schedule.steps):
             began = time.perf_counter()
@@ -82,23 +82,41 @@ class Run:
             self._check_finite(step, loss.item(), norm.item())
             optimizer.update(self.task.model, gradients)
             mx.eval(self.task.model.parameters(), optimizer.state)
+            # Else they would be held while the next ones are taken.
+            del gradients
             self.task.after(parts, rng, step)
             entry = {"step": step + 1, "loss": loss.item(), "gradient_norm": norm.item()}
             entry |= {name: value.item() for name, value in parts.items() if value.size == 1}
             done = step + 1
-            if done % self.schedule.validate_every == 0 or done == self.schedule.steps:
+            last = done == self.schedule.steps
+            if done % self.schedule.validate_every == 0 or last:
                 figures = self.task.validate()
                 entry |= {f"valid_{name}": value for name, value in figures.items()}
+                last = self.enough(figures) or last
             entry["seconds"] = round(time.perf_counter() - began, 4)
             self._log(entry)
             if self.schedule.keep_every and done % self.schedule.keep_every == 0:
                 save_weights(self.folder / f"weights-{done:06d}.safetensors", self.task.model)
-            if done % self.schedule.checkpoint_every == 0 or done == self.schedule.steps:
+            if done % self.schedule.checkpoint_every == 0 or last:
                 self._save(done, optimizer)
             if on_progress is not None:
                 on_progress(done, self.schedule.steps)
+            if last:
+                break
         plot_losses(self.folder / LOG, self.folder / "loss.png")
         return figures
+
+    def value_and_grad(self) -> Callable[[Any], Any]:
+        """What turns a batch into ((loss, parts), gradients)."""
+        return nn.value_and_grad(self.task.model, self.task.loss)
+
+    def learnt(self) -> dict[str, Any]:
+        """The parameters that a checkpoint holds."""
+        return self.task.model.parameters()
+
+    def enough(self, figures: dict[str, float]) -> bool:
+        """Whether a validation says that more steps would be in vain."""
+        return False
 
     def _start(self, optimizer: optim.Optimizer, resume: bool) -> int:
         log = self.folder / LOG
@@ -109,17 +127,15 @@ class Run:
             self._save(0, optimizer)
             return 0
         step, self.task.state = checkpoint.load(
-            self.folder, self.task.model, optimizer, self.settings
+            self.folder, self.task.model, self.learnt(), optimizer, self.settings
         )
         # Lines behind the checkpoint belong to steps that will be made again.
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        kept = [line for line in lines[:step] if json.loads(line)["step"] <= step]
-        log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        kept = [entry for entry in entries(log) if entry["step"] <= step]
+        log.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept), encoding="utf-8")
         return step
 
     def _save(self, step: int, optimizer: optim.Optimizer) -> None:
-        model, state = self.task.model, self.task.state
-        checkpoint.save(self.folder, step, model, optimizer, state, self.settings)
+        checkpoint.save(self.folder, step, self.learnt(), optimizer, self.task.state, self.settings)
 
     def _log(self, entry: dict[str, float]) -> None:
         with (self.folder / LOG).open("a", encoding="utf-8") as log:
@@ -131,6 +147,12 @@ class Run:
                 f"Step {step + 1} gave a loss of {loss} with a gradient of {norm}; lower the "
                 "learning rate and go on from the last checkpoint with --resume."
             )
+
+
+def entries(log: Path) -> list[dict[str, float]]:
+    """What a log tells; a last line that a kill cut short is left out."""
+    text = log.read_text(encoding="utf-8") if log.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def make_optimizer(schedule: Schedule) -> optim.Optimizer:

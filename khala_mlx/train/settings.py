@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from khala_mlx.config import BackboneConfig, CodecConfig, Strict, SuperResConfig, TokenLayout
+from khala_mlx.config import (
+    LINEARS,
+    BackboneConfig,
+    CodecConfig,
+    Strict,
+    SuperResConfig,
+    TokenLayout,
+)
 from khala_mlx.errors import ConfigError
 
 
@@ -146,3 +153,49 @@ class SuperResTraining(_FromFile):
     def __post_init__(self) -> None:
         if self.align_weight < 0 or self.align_songs < 0:
             raise ConfigError("align_weight and align_songs have to be 0 or above.")
+
+
+@dataclass(frozen=True)
+class LoraTraining(Strict):
+    """Training of an adapter on a frozen backbone.
+
+    Attributes:
+        rank, scale: of mlx-lm's LoRA layers, y + scale * x A B; scale is what others call
+            alpha / rank.
+        layers: how many layers, the last ones, get an adapter; 0 is all.
+        modules: the linear layers in each.
+        dora: learn the lengths of the matrices' rows, too.
+        grad_checkpoint: make the inside of each layer twice instead of keeping it.
+        accumulate: batches whose gradients make one step.
+        whole_vocabulary: predict from every token instead of those that can follow.
+        max_seconds: songs are cut to so much sound; 0 is what fits the trained window.
+        patience: validations without a better loss after which to stop, with the best adapter;
+            0 never stops and keeps the last one.
+    """
+
+    schedule: Schedule = field(default_factory=Schedule)
+    rank: int = 16
+    scale: float = 2.0
+    dropout: float = 0.0
+    layers: int = 0
+    modules: tuple[str, ...] = LINEARS
+    dora: bool = False
+    grad_checkpoint: bool = False
+    accumulate: int = 1
+    whole_vocabulary: bool = False
+    max_seconds: float = 0.0
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"lora: {name} has to be above 0.")
+        for name in ("layers", "max_seconds", "patience"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"lora: {name} has to be 0 or above.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("lora: dropout has to lie in 0 to below 1.")
+        if unknown := [name for name in self.modules if name not in LINEARS]:
+            raise ConfigError(f"lora: modules are {', '.join(LINEARS)}, not {', '.join(unknown)}.")
+        if not self.modules or len(set(self.modules)) < len(self.modules):
+            raise ConfigError("lora: modules has to name each linear layer once.")

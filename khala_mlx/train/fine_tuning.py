@@ -1,0 +1,257 @@
+"""`khala train lora` from start to end: read the songs, forecast, load, train, keep the adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_unflatten
+
+from khala_mlx.adapter import WEIGHTS, backbone_id
+from khala_mlx.backbone import Backbone
+from khala_mlx.config import KhalaConfig
+from khala_mlx.errors import KhalaError, KhalaWarning
+from khala_mlx.tokenizer import Tokenizer
+from khala_mlx.train.data import read_coded
+from khala_mlx.train.forecast import Forecast, Machine, forecast, weight_bytes
+from khala_mlx.train.loop import LOG, entries
+from khala_mlx.train.lora import LoraRun, LoraTask, add_lora
+from khala_mlx.train.sequences import Example, examples_of, padded
+from khala_mlx.train.settings import LoraTraining
+from khala_mlx.weights import CPU_UNPACKED_BYTES, find_model, load_part, working_dtype
+
+# Buffers of other shapes that MLX may keep: songs have many lengths.
+_CACHE_BYTES = 2 * 2**30
+_GB = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is known before the model is loaded."""
+
+    source: Path
+    config: KhalaConfig
+    settings: LoraTraining
+    train: list[Example]
+    valid: list[Example]
+    machine: Machine
+
+    @property
+    def forecast(self) -> Forecast:
+        """What memory the training takes, with its largest batch."""
+        return self.forecast_with(self.settings)
+
+    def forecast_with(self, settings: LoraTraining) -> Forecast:
+        """The same with other settings, on songs as long as these."""
+        lengths = Counter(
+            padded([example.coarse_sequence(self.config.tokens)]).shape[1] - 1
+            for example in self.train
+        )
+        most = settings.schedule.batch_size
+        shapes = [(min(most, count), length) for length, count in lengths.items()]
+        each = [forecast(self.config, settings, shape, self.machine) for shape in shapes]
+        return max(each, key=lambda one: one.total)
+
+
+def plan(model: str | Path, data: Path, settings: LoraTraining) -> Plan:
+    """Read the model's config and the prepared songs; cut these as generation's window wants it.
+
+    Raises:
+        KhalaError: if one cannot be read, or they do not fit together.
+    """
+    source = find_model(model)
+    config = KhalaConfig.load(source / "config.json")
+    if settings.layers > config.backbone.num_layers:
+        raise KhalaError(
+            f"The backbone has {config.backbone.num_layers} layers, {settings.layers} were to get "
+            "an adapter."
+        )
+    machine = _machine(config)
+    # mlx-lm's DoRA layer takes 32 / bits for a whole number.
+    odd = any(32 % how.bits for how in config.quantization.values())
+    if settings.dora and odd and not machine.unpacked:
+        raise KhalaError("DoRA needs a model that is packed to 4 or 8 bits, or not at all.")
+    train, valid = _songs(source, config, data, settings)
+    return Plan(source, config, settings, train, valid, machine)
+
+
+def check_memory(plan: Plan, limit: float | None = None) -> None:
+    """Refuse what does not fit into `limit` bytes, by default what the device has.
+
+    Raises:
+        KhalaError: naming the options that would make it fit.
+    """
+    limit = device_bytes() if limit is None else limit
+    needed = plan.forecast.total
+    if needed <= limit:
+        return
+    raise KhalaError(
+        f"This training takes about {needed / _GB:.3g} GB, {limit / _GB:.3g} GB are there: "
+        f"{_remedy(plan, limit)}."
+    )
+
+
+def train_lora(
+    plan: Plan,
+    folder: Path,
+    *,
+    resume: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Train as planned; adapters.safetensors and adapter_config.json go into `folder`.
+
+    Beside them lie the checkpoint, log.jsonl and loss.png.
+
+    Returns:
+        Held-out nats per audio token before (`loss_before`) and after (`loss`), where there are
+        held-out songs; `steps` made, and `peak_bytes` of memory.
+    """
+    if not resume and (folder / WEIGHTS).exists():
+        raise KhalaError(f"{folder} holds an adapter already; choose another folder, or --resume.")
+    settings, config = plan.settings, plan.config
+    dtype = getattr(mx, working_dtype(config))
+    model = load_part(
+        Backbone(config.backbone, config.tokens), plan.source, "backbone", config, dtype
+    )
+    add_lora(model, settings)
+    task: Any = LoraTask(model, settings, plan.train, plan.valid)
+    base = _base(plan)
+    told = {**settings.to_dict(), "base": base["backbone"]}
+    run = LoraRun(task, settings.schedule, told, folder, base)
+    with _small_cache():
+        mx.reset_peak_memory()
+        run.train(resume=resume, on_progress=on_progress)
+        # What is kept need not be what the last step left.
+        model.update(tree_unflatten(list(run.adapter().items())))
+        figures = task.validate()
+        peak = mx.get_peak_memory()
+    log = entries(folder / LOG)
+    before = {"loss_before": log[0]["valid_loss"]} if "valid_loss" in log[0] else {}
+    return {**before, **figures, "steps": log[-1]["step"], "peak_bytes": peak}
+
+
+def device_bytes() -> int:
+    """How much memory a training may take: what Metal recommends, or else all there is."""
+    found = mx.device_info().get("max_recommended_working_set_size")
+    if found:
+        return int(found)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _songs(
+    source: Path, config: KhalaConfig, data: Path, settings: LoraTraining
+) -> tuple[list[Example], list[Example]]:
+    layout, tokenizer = config.tokens, Tokenizer.from_file(source / "tokenizer.json")
+    tokenizer.check(layout)
+    _check_tokenizer(source / "tokenizer.json", data / "tokenizer.json")
+    most = int(settings.max_seconds * config.codec.frame_rate)
+    if settings.max_seconds and not most:
+        raise KhalaError(f"{settings.max_seconds} seconds are less than one frame.")
+
+    def room(backbone: int, _: int) -> int:
+        # One token is kept for the end of the song.
+        fits = (config.backbone.context - backbone - 1) // layout.num_coarse
+        return min(fits, most) if most else fits
+
+    songs = read_coded(data, "train")
+    try:
+        held_out = read_coded(data, "valid")
+    except KhalaError:
+        # A single song leaves none to hold out.
+        held_out = []
+    for song in (*songs, *held_out):
+        if song.codes.shape[0] < layout.num_coarse or song.codes.max() >= layout.codebook_size:
+            raise KhalaError(f"{data} was prepared with another codec; prepare it with the model.")
+    if not held_out:
+        if settings.patience:
+            raise KhalaError(f"{data} holds out no songs to stop by; leave patience at 0.")
+        warnings.warn(
+            f"{data} holds out no songs: nothing will tell whether these are learnt by heart.",
+            KhalaWarning,
+            stacklevel=2,
+        )
+    train, valid = (examples_of(each, layout, tokenizer, room) for each in (songs, held_out))
+    return train, valid
+
+
+def _check_tokenizer(ours: Path, theirs: Path) -> None:
+    try:
+        same = json.loads(ours.read_text("utf-8")) == json.loads(theirs.read_text("utf-8"))
+    except OSError as error:
+        raise KhalaError(f"{theirs} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise KhalaError(f"{theirs} is no valid JSON.") from error
+    if not same:
+        raise KhalaError(f"{theirs} is not the model's; prepare the songs with the model.")
+
+
+def _machine(config: KhalaConfig) -> Machine:
+    on_cpu = mx.default_device() == mx.cpu
+    machine = Machine(4 if working_dtype(config) == "float32" else 2, on_cpu)
+    unpacked = dataclasses.replace(machine, unpacked=True)
+    return unpacked if on_cpu and weight_bytes(config, unpacked) <= CPU_UNPACKED_BYTES else machine
+
+
+def _base(plan: Plan) -> dict[str, Any]:
+    config = plan.source / "config.json"
+    return {
+        "name": plan.source.resolve().name,
+        "backbone": backbone_id(plan.config),
+        "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest(),
+    }
+
+
+def _remedy(plan: Plan, limit: float) -> str:
+    """The first of the options, one on top of the other, with which it fits."""
+    given: list[str] = []
+    settings = plan.settings
+    single = dataclasses.replace(settings.schedule, batch_size=1)
+    songs = settings.schedule.batch_size * settings.accumulate
+    changes: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("--grad-checkpoint", {"grad_checkpoint": True}),
+        (
+            f"--batch-size 1 --grad-accumulation {songs}",
+            {"schedule": single, "accumulate": songs},
+        ),
+    )
+    for option, change in changes:
+        changed = dataclasses.replace(settings, **change)
+        if changed != settings:
+            settings = changed
+            given.append(option)
+            if plan.forecast_with(settings).total <= limit:
+                return f"add {' '.join(given)}"
+    if seconds := _seconds(plan, settings, limit):
+        return f"add {' '.join([*given, f'--max-seconds {seconds}'])}"
+    return "it does not fit with any options, take a smaller model, or this one with --quantize 4"
+
+
+def _seconds(plan: Plan, settings: LoraTraining, limit: float) -> int:
+    """The most whole seconds of sound that fit behind the longest prompt; 0 if none do."""
+    layout, rate = plan.config.tokens, plan.config.codec.frame_rate
+    prompt = max(len(example.backbone_prompt) for example in plan.train)
+    longest = max(example.codes.shape[1] for example in plan.train)
+    for seconds in range(int(longest / rate), 0, -1):
+        # 32 is what rows are padded to.
+        tokens = prompt + layout.num_coarse * int(seconds * rate) + 32
+        if forecast(plan.config, settings, (1, tokens), plan.machine).total <= limit:
+            return seconds
+    return 0
+
+
+@contextmanager
+def _small_cache() -> Iterator[None]:
+    before = mx.set_cache_limit(_CACHE_BYTES)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
