@@ -5,21 +5,25 @@ Works on token ids; knows the token layout, nothing of prompts' text, superres o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from khala_mlx import tokens
+from khala_mlx.cache import check_kv_bits, keep_rows, make_cache, spread
 from khala_mlx.config import BackboneConfig, TokenLayout
-from khala_mlx.errors import KhalaError
-from khala_mlx.sampling import check_sampling, sample
-from khala_mlx.transformer import Transformer, like_input, make_cache, projector
+from khala_mlx.errors import KhalaError, KhalaWarning
+from khala_mlx.sampling import check_sampling, sample, uniform_draws
+from khala_mlx.transformer import Transformer, like_input, projector
 
 Progress = Callable[[int, int], None]
 
-# mlx-lm's interval for returning freed buffers while decoding.
+# Tokens between two looks at what was written: each look waits for the device.
+_READ_EVERY = 16
+# mlx-lm's interval for returning freed buffers while decoding; a multiple of the above.
 _CLEAR_EVERY = 256
 
 
@@ -45,101 +49,149 @@ class Backbone(Transformer):
         """Whole frames that fit the trained window behind a prompt."""
         return max(0, self.config.context - prompt_length) // self.layout.num_coarse
 
-    def generate(
+    def generate(self, ids: np.ndarray, *, key: mx.array, **sampling: Any) -> np.ndarray:
+        """`generate_many` for one key: token ids [n]."""
+        return self.generate_many(ids, keys=[key], **sampling)[0]
+
+    def generate_many(
         self,
         ids: np.ndarray,
         *,
+        keys: Sequence[mx.array],
         max_tokens: int,
         min_tokens: int = 0,
         temperature: float = 1.0,
         top_k: int = 50,
-        key: mx.array,
         reachable_only: bool = True,
+        kv_bits: int | None = None,
         on_progress: Progress | None = None,
-    ) -> np.ndarray:
-        """Sample up to `max_tokens` audio tokens behind the prompt `ids` [P].
+    ) -> list[np.ndarray]:
+        """Sample up to `max_tokens` audio tokens behind the prompt `ids` [P], once for each key.
 
-        The end of the song stops it and is not returned; it cannot be drawn before `min_tokens`.
-        `reachable_only` projects and samples only what can follow: the window of the layer whose
-        turn it is, and the end of the song. Without it the whole vocabulary is sampled, as
-        upstream does, and any id can come back.
+        All rows share one pass over the prompt and every weight read after it; what a key gives
+        does not depend on the others. The end of the song stops a row and is not returned; it
+        cannot be drawn before `min_tokens`. `reachable_only` projects and samples only what can
+        follow: the window of the layer whose turn it is, and the end of the song. Without it the
+        whole vocabulary is sampled, as upstream does, and any id can come back. `kv_bits` 8 or 4
+        packs the key-value cache to about a half or a quarter of 16 bits, and changes the song.
 
         Returns:
-            Token ids [n], n <= max_tokens.
+            Token ids [n] for each key, n <= max_tokens.
         """
         check_sampling(top_k, temperature)
+        check_kv_bits(kv_bits, self.config.head_dim)
         prompt = self.checked_ids(np.asarray(ids)[None], 2, "[1, P]")
         choices = self._choices(reachable_only)
-        keys = mx.random.split(key, self.config.context)
-        cache = make_cache(len(self.layers), prompt.shape[1] + max_tokens)
+        draws = mx.stack([uniform_draws(key, self.config.context) for key in keys], axis=1)
+        rows = _Rows(len(keys), self.layout.end_of_song)
 
-        def step(ids: mx.array, index: int) -> mx.array:
-            embedded = self.embed(ids).astype(self.dtype)
-            start = ids.shape[1] - 1
-            hidden = self.body(embedded, causal=True, cache=cache, start=start)
+        def pick(hidden: mx.array, index: int) -> mx.array:
             project, candidates = choices[index % len(choices)]
             logits = project(hidden[:, -1])
             if index < min_tokens:
                 logits = mx.where(candidates == self.layout.end_of_song, -mx.inf, logits)
-            chosen = sample(logits, keys[index], top_k=top_k, temperature=temperature)
+            chosen = sample(logits, draws[index, rows.alive], top_k=top_k, temperature=temperature)
             return candidates[chosen]
 
-        written: list[int] = []
-        upcoming = step(prompt, 0)
+        hidden, cache = self._read_prompt(prompt, len(keys), max_tokens, kv_bits)
+        token = pick(hidden, 0)
         for index in range(max_tokens):
-            token = upcoming
             mx.async_eval(token)
-            if index + 1 < max_tokens:
-                # Issued before this token is read, so that the device never waits for Python.
-                upcoming = step(token[:, None], index + 1)
-                mx.async_eval(upcoming)
-            value = int(np.array(token)[0])
-            if value == self.layout.end_of_song:
-                break
-            written.append(value)
-            if index % _CLEAR_EVERY == _CLEAR_EVERY - 1:
-                mx.clear_cache()
+            rows.add(token)
+            last = index + 1 == max_tokens
+            if not last:
+                # Issued before any token is read, so that the device never waits for Python.
+                token = pick(self.hidden(token[:, None], cache), index + 1)
+                mx.async_eval(token)
+            if not last and (index + 1) % _READ_EVERY:
+                continue
+            going_on = rows.read()
             if on_progress is not None:
                 on_progress(index + 1, max_tokens)
-        return np.array(written, dtype=np.int64)
+            if going_on is None:
+                break
+            if len(going_on) < token.shape[0]:
+                token = token[going_on]
+                keep_rows(cache, going_on)
+            if (index + 1) % _CLEAR_EVERY == 0:
+                mx.clear_cache()
+        return rows.written()
 
-    def compose(
+    def _read_prompt(
+        self, prompt: mx.array, rows: int, max_tokens: int, kv_bits: int | None
+    ) -> tuple[mx.array, list[Any]]:
+        """Hidden state [rows, 1, H] behind the prompt [1, P], and caches that have read it."""
+        layers, length = len(self.layers), prompt.shape[1]
+        read = make_cache(layers, length)
+        embedded = self.embed(prompt).astype(self.dtype)
+        hidden = self.body(embedded, causal=True, cache=read, start=length - 1)
+        mx.eval(hidden)
+        cache = make_cache(
+            layers, length + max_tokens, kv_bits=kv_bits, head_dim=self.config.head_dim
+        )
+        spread(read, cache, rows)
+        return mx.repeat(hidden, rows, axis=0), cache
+
+    def compose(self, ids: np.ndarray, *, key: mx.array, **sampling: Any) -> np.ndarray:
+        """`compose_many` for one key: coarse codes [num_coarse, T]."""
+        return self.compose_many(ids, keys=[key], **sampling)[0]
+
+    def compose_many(
         self,
         ids: np.ndarray,
         *,
+        keys: Sequence[mx.array],
         max_frames: int,
         min_frames: int = 0,
         temperature: float = 1.0,
         top_k: int = 50,
-        key: mx.array,
         reachable_only: bool = True,
+        kv_bits: int | None = None,
         on_progress: Progress | None = None,
-    ) -> np.ndarray:
-        """Coarse codes [num_coarse, T] of a song of at most `max_frames` frames.
+    ) -> list[np.ndarray]:
+        """Coarse codes [num_coarse, T] of a song for each key, of at most `max_frames` frames.
+
+        See `generate_many`. Where only some songs fail, theirs are [num_coarse, 0] and a
+        KhalaWarning tells why.
 
         Raises:
             KhalaError: before any work, if frames or prompt do not fit the trained window; after
-                it, if the model ended the song before the first frame, or (only with
+                it, if every song failed: the model ended it before the first frame, or (only with
                 `reachable_only=False`) wrote a token outside its window.
         """
         self._check_frames(len(ids), max_frames, min_frames)
         layers = self.layout.num_coarse
 
         def report(done: int, total: int) -> None:
-            if on_progress is not None and (done % layers == 0 or done == total):
+            if on_progress is not None:
                 on_progress(done // layers, total // layers)
 
-        written = self.generate(
+        written = self.generate_many(
             ids,
+            keys=keys,
             max_tokens=max_frames * layers,
             min_tokens=min_frames * layers,
             temperature=temperature,
             top_k=top_k,
-            key=key,
             reachable_only=reachable_only,
+            kv_bits=kv_bits,
             on_progress=report,
         )
-        if len(written) < layers:
+        songs, failures = [], {}
+        for number, song in enumerate(written, start=1):
+            try:
+                songs.append(self._frames_of(song))
+            except KhalaError as error:
+                failures[number] = error
+                songs.append(np.empty((layers, 0), dtype=np.int64))
+        if len(failures) == len(songs):
+            raise next(iter(failures.values()))
+        for number, why in failures.items():
+            warnings.warn(f"Song {number}: {why}", KhalaWarning, stacklevel=2)
+        return songs
+
+    def _frames_of(self, written: np.ndarray) -> np.ndarray:
+        if len(written) < self.layout.num_coarse:
             raise KhalaError(
                 "The model ended the song before its first frame: try another seed, or ask for a "
                 "least length."
@@ -176,3 +228,36 @@ class Backbone(Transformer):
             candidates = mx.array([self.layout.end_of_song, *window])
             choices.append((projector(self.lm_head, candidates), candidates))
         return choices
+
+
+class _Rows:
+    """The songs of a batch: what each has written, and which go on."""
+
+    def __init__(self, count: int, end_of_song: int) -> None:
+        self._songs: list[list[int]] = [[] for _ in range(count)]
+        self._end = end_of_song
+        self._going_on = list(range(count))
+        self._unread: list[mx.array] = []
+        self.alive = mx.arange(count)
+
+    def add(self, token: mx.array) -> None:
+        """A token [B] for each row that goes on; not read yet."""
+        self._unread.append(token)
+
+    def read(self) -> mx.array | None:
+        """Read what was added; which rows of the batch go on, or None if all songs have ended."""
+        block = np.stack([np.array(token) for token in self._unread], axis=1)
+        self._unread.clear()
+        kept = []
+        for row, (song, written) in enumerate(zip(self._going_on, block.tolist(), strict=True)):
+            end = written.index(self._end) if self._end in written else len(written)
+            self._songs[song] += written[:end]
+            if end == len(written):
+                kept.append(row)
+        self._going_on = [self._going_on[row] for row in kept]
+        self.alive = mx.array(self._going_on)
+        return mx.array(kept) if kept else None
+
+    def written(self) -> list[np.ndarray]:
+        """Token ids [n] of each song."""
+        return [np.array(song, dtype=np.int64) for song in self._songs]

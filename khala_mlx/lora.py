@@ -18,9 +18,10 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from khala_mlx.adapter import Adapter, Pair
+from khala_mlx.cache import file_limit_kept
 from khala_mlx.config import KhalaConfig
 from khala_mlx.errors import AdapterError
-from khala_mlx.transformer import Transformer, file_limit_kept
+from khala_mlx.transformer import Transformer
 
 Layers = list[tuple[str, nn.Module]]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ from khala_mlx.backbone import Backbone
 from khala_mlx.codec import Codec
 from khala_mlx.config import DTYPES, KhalaConfig
 from khala_mlx.errors import KhalaError, KhalaWarning
+from khala_mlx.lengths import backbone_room, frame_budget, warn_window
 from khala_mlx.lora import Adapters
 from khala_mlx.prompt import Prompt, prompt_ids, prompt_texts
 from khala_mlx.sampling import check_sampling, stage_key
@@ -33,8 +35,6 @@ from khala_mlx.weights import find_model, load_part, working_dtype
 Progress = Callable[[str, int, int], None]
 Loaded = TypeVar("Loaded", Backbone, SuperRes, Codec)
 
-# Songs run past the minutes asked for; upstream's progress bar allows for 0.8 more.
-SPARE_MINUTES = 0.8
 # Peak below which a song is reported as silent: the step of a 16-bit file.
 SILENCE = 1 / 32768
 
@@ -165,26 +165,60 @@ class Khala:
         top_k: int = 50,
         seed: int = 0,
         reachable_only: bool = True,
+        kv_bits: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
         """Coarse codes, int [2, T] in 0..codebook_size-1, behind the backbone prompt `ids`.
 
         More frames than fit the trained window are cut to those that do, with a KhalaWarning.
-        See Backbone.compose for the other arguments and errors.
+        See Backbone.generate_many for the other arguments and errors.
         """
-        key = stage_key(seed, 0)
-        room = self._backbone_room(len(ids))
-        if max_frames > room > 0:
-            self._warn_window(max_frames, room)
-            max_frames, min_frames = room, min(min_frames, room)
-        return self.backbone.compose(
-            np.asarray(ids),
+        return self.compose_many(
+            ids,
+            seeds=[seed],
             max_frames=max_frames,
             min_frames=min_frames,
             temperature=temperature,
             top_k=top_k,
-            key=key,
             reachable_only=reachable_only,
+            kv_bits=kv_bits,
+            on_progress=on_progress,
+        )[0]
+
+    def compose_many(
+        self,
+        ids: np.ndarray,
+        *,
+        seeds: Sequence[int],
+        max_frames: int,
+        min_frames: int = 0,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        reachable_only: bool = True,
+        kv_bits: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[np.ndarray]:
+        """Coarse codes, int [2, T], for each seed, from one prompt and one reading of the weights.
+
+        Each equals what `compose` gives for its seed alone (in float32; 16-bit and packed weights
+        round differently in a batch). Where only some fail, theirs are [2, 0] and a KhalaWarning
+        tells why. More frames than fit the trained window are cut to those that do, with a
+        KhalaWarning. See Backbone.generate_many for the other arguments and errors.
+        """
+        _check_seeds(seeds)
+        room = backbone_room(self.config, len(ids))
+        if max_frames > room > 0:
+            warn_window(self.config, max_frames, room)
+            max_frames, min_frames = room, min(min_frames, room)
+        return self.backbone.compose_many(
+            np.asarray(ids),
+            keys=[stage_key(seed, 0) for seed in seeds],
+            max_frames=max_frames,
+            min_frames=min_frames,
+            temperature=temperature,
+            top_k=top_k,
+            reachable_only=reachable_only,
+            kv_bits=kv_bits,
             on_progress=on_progress,
         )
 
@@ -268,7 +302,7 @@ class Khala:
     def plan(self, request: Request) -> dict[str, Any]:
         """What `fulfil` would do with a request: prompts, their lengths, frames. Loads nothing."""
         bb_ids, sr_ids = self._request_ids(request)
-        most, least = self.frame_budget(request, len(bb_ids), len(sr_ids))
+        most, least = frame_budget(self.config, request, len(bb_ids), len(sr_ids))
         backbone_text, superres_text = prompt_texts(self.config, request.prompt)
         rate = self.config.codec.frame_rate
         return {
@@ -285,95 +319,76 @@ class Khala:
 
     def fulfil(self, request: Request, on_progress: Progress | None = None) -> Song:
         """Make the song of a recorded request; see `generate`."""
+        return next(self.fulfil_many(request, [request.seed], on_progress))
+
+    def fulfil_many(
+        self, request: Request, seeds: Sequence[int], on_progress: Progress | None = None
+    ) -> Iterator[Song]:
+        """Songs of one request, for each of `seeds` (not the request's own) in this order.
+
+        Each equals the song of its seed alone. They are composed together, which costs hardly
+        more than one, then refined in turn; each is given as soon as it is rendered. Where only
+        some fail, they are left out and a KhalaWarning tells why.
+
+        Raises:
+            KhalaError: at once, before any model is loaded, if the request cannot be served.
+        """
         check_sampling(request.top_k, request.temperature)
         check_sampling(request.refine_top_k)
-        stage_key(request.seed, 0)
-        bb_ids, sr_ids = self._request_ids(request)
-        max_frames, min_frames = self.frame_budget(request, len(bb_ids), len(sr_ids))
-        clock = _Clock(on_progress)
-        coarse = self.compose(
-            bb_ids,
-            max_frames=max_frames,
-            min_frames=min_frames,
-            temperature=request.temperature,
-            top_k=request.top_k,
-            seed=request.seed,
-            reachable_only=request.reachable_only,
-            on_progress=clock.start("compose"),
-        )
+        _check_seeds(seeds)
+        ids = self._request_ids(request)
+        budget = frame_budget(self.config, request, len(ids[0]), len(ids[1]))
+        return self._songs(request, list(seeds), ids, budget, on_progress)
+
+    def _songs(
+        self,
+        request: Request,
+        seeds: list[int],
+        ids: tuple[np.ndarray, np.ndarray],
+        budget: tuple[int, int],
+        on_progress: Progress | None,
+    ) -> Iterator[Song]:
+        shared: dict[str, float] = {}
+        with _timed(shared, "compose", on_progress) as progress:
+            composed = self.compose_many(
+                ids[0],
+                seeds=seeds,
+                max_frames=budget[0],
+                min_frames=budget[1],
+                temperature=request.temperature,
+                top_k=request.top_k,
+                reachable_only=request.reachable_only,
+                on_progress=progress,
+            )
         self._done_with("backbone")
-        codes = self.refine(
-            sr_ids,
-            coarse,
-            top_k=request.refine_top_k,
-            seed=request.seed,
-            on_progress=clock.start("refine"),
-        )
+        made = [(seed, coarse) for seed, coarse in zip(seeds, composed, strict=True) if coarse.size]
+        timings = [{"compose": round(shared["compose"] / len(seeds), 3)} for _ in made]
+        refined = []
+        for part, (seed, coarse) in enumerate(made):
+            with _timed(timings[part], "refine", on_progress, part, len(made)) as progress:
+                top_k = request.refine_top_k
+                refined.append(
+                    self.refine(ids[1], coarse, top_k=top_k, seed=seed, on_progress=progress)
+                )
         self._done_with("superres")
-        waveform = self.render(codes, on_progress=clock.start("render"))
-        self._done_with("codec")
-        clock.stop()
-        if np.abs(waveform).max() < SILENCE:
-            warnings.warn("The song is silent.", KhalaWarning, stacklevel=2)
-        metadata = self._metadata(request, codes, (len(bb_ids), len(sr_ids)), clock.seconds)
-        return Song(waveform, self.config.codec.sample_rate, codes, metadata)
+        for part, ((seed, _), codes) in enumerate(zip(made, refined, strict=True)):
+            with _timed(timings[part], "render", on_progress, part, len(made)) as progress:
+                waveform = self.render(codes, on_progress=progress)
+            if part + 1 == len(made):
+                self._done_with("codec")
+            if np.abs(waveform).max() < SILENCE:
+                warnings.warn("The song is silent.", KhalaWarning, stacklevel=2)
+            own = replace(request, seed=seed)
+            metadata = self._metadata(own, codes, (len(ids[0]), len(ids[1])), timings[part])
+            yield Song(waveform, self.config.codec.sample_rate, codes, metadata)
 
     def _request_ids(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
         return prompt_ids(
             self.tokenizer, self.config, request.prompt, truncate=request.truncate_lyrics
         )
 
-    def frame_budget(
-        self, request: Request, backbone_length: int, superres_length: int
-    ) -> tuple[int, int]:
-        """(most, least) frames of a request whose prompts have these lengths.
-
-        A length that cannot fit the trained windows is cut, with a KhalaWarning that names the
-        longest that can.
-        """
-        fit = min(
-            self._backbone_room(backbone_length), self.config.superres.context - superres_length
-        )
-        if fit < 1:
-            raise KhalaError(
-                f"The prompt of {backbone_length} tokens leaves no room for a song in the trained "
-                f"window of {self.config.backbone.context}: shorten the lyrics."
-            )
-        seconds, least = request.seconds, request.min_seconds
-        for name, value in (("seconds", seconds), ("min_seconds", least)):
-            if value is not None and not 0 <= value < math.inf:
-                raise KhalaError(f"{name} has to be a number of seconds, got {value!r}.")
-        if seconds is not None and (seconds <= 0 or least > seconds):
-            raise KhalaError(f"seconds has to be above 0 and not below min_seconds, got {seconds}.")
-        rate = self.config.codec.frame_rate
-        asked = request.minutes * 60 if seconds is None else seconds
-        # One minute is the least a prompt can say, and no wish that a smaller window breaks.
-        wished = least if seconds is None and request.minutes == 1 else max(asked, least)
-        if self._frames(wished) > fit:
-            self._warn_window(self._frames(wished), fit)
-        most = self._frames(asked + (SPARE_MINUTES * 60 if seconds is None else 0))
-        most = min(fit, max(most, self._frames(least)))
-        return most, min(most, math.ceil(least * rate))
-
     def _check_codes(self, codes: np.ndarray, layers: int) -> None:
         tokens.check_codes(codes, layers=layers, codebook_size=self.config.tokens.codebook_size)
-
-    def _frames(self, seconds: float) -> int:
-        return max(1, math.ceil(seconds * self.config.codec.frame_rate))
-
-    def _backbone_room(self, prompt_length: int) -> int:
-        layout = self.config.tokens
-        return max(0, self.config.backbone.context - prompt_length) // layout.num_coarse
-
-    def _warn_window(self, frames: int, fit: int) -> None:
-        rate = self.config.codec.frame_rate
-        warnings.warn(
-            f"{_clock_time(frames / rate)} of song do not fit the windows the model was trained on "
-            f"({self.config.backbone.context} tokens, {self.config.superres.context} rows): with "
-            f"this prompt the longest is {_clock_time(fit / rate)}.",
-            KhalaWarning,
-            stacklevel=3,
-        )
 
     def _part(self, name: str, build: Callable[[KhalaConfig], Loaded]) -> Loaded:
         if name not in self._parts:
@@ -426,27 +441,23 @@ class Khala:
         return hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
 
 
-def _clock_time(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+def _check_seeds(seeds: Sequence[int]) -> None:
+    if not seeds:
+        raise KhalaError("At least one seed is needed.")
+    for seed in seeds:
+        stage_key(seed, 0)
 
 
-class _Clock:
-    """Times the stages and names the stage in progress reports."""
+@contextmanager
+def _timed(
+    seconds: dict[str, float], stage: str, on_progress: Progress | None, part: int = 0, of: int = 1
+) -> Iterator[Callable[[int, int], None]]:
+    """Time a stage, or one part of several alike, and name it in progress reports."""
 
-    def __init__(self, on_progress: Progress | None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._on_progress = on_progress
-        self._stage = ""
-        self._began = 0.0
+    def report(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(stage, part * total + done, of * total)
 
-    def start(self, stage: str) -> Callable[[int, int], None]:
-        self.stop()
-        self._stage, self._began = stage, time.perf_counter()
-        if self._on_progress is None:
-            return lambda done, total: None
-        report = self._on_progress
-        return lambda done, total: report(stage, done, total)
-
-    def stop(self) -> None:
-        if self._stage:
-            self.seconds[self._stage] = round(time.perf_counter() - self._began, 3)
+    began = time.perf_counter()
+    yield report
+    seconds[stage] = round(time.perf_counter() - began, 3)

@@ -8,6 +8,9 @@ import mlx.core as mx
 
 from khala_mlx.errors import KhalaError
 
+# The float32 two steps below 1: its product with any total is below that total.
+_LARGEST_DRAW = 1 - 2.0**-23
+
 
 def check_sampling(top_k: int, temperature: float = 1.0) -> None:
     """Refuse values no rule below is defined for."""
@@ -39,11 +42,26 @@ def top_k_logits(logits: mx.array, top_k: int, temperature: float) -> mx.array:
     return mx.where(logits < kth, -mx.inf, logits)
 
 
-def sample(logits: mx.array, key: mx.array, *, top_k: int, temperature: float) -> mx.array:
-    """The backbone's rule: logits [..., V] -> indices [...]; top_k 1 is argmax."""
+def uniform_draws(key: mx.array, count: int) -> mx.array:
+    """Draws [count], uniform in [0, 1), each under a key of its own."""
+    draw = mx.vmap(lambda one: mx.random.uniform(shape=(), key=one))
+    return draw(mx.random.split(key, count))
+
+
+def sample(logits: mx.array, draws: mx.array, *, top_k: int, temperature: float) -> mx.array:
+    """The backbone's rule: logits [..., V], uniform draws [...] -> indices [...].
+
+    top_k 1 is argmax. Otherwise the cumulative distribution is inverted, so that a row depends on
+    its own draw alone, whatever else is in the batch.
+    """
     if top_k == 1:
         return mx.argmax(logits, axis=-1)
-    return mx.random.categorical(top_k_logits(logits, top_k, temperature), key=key)
+    weights = mx.softmax(top_k_logits(logits, top_k, temperature), axis=-1, precise=True)
+    # Zero where nothing can be drawn: a parallel sum may not rise evenly over equal values.
+    below = mx.where(weights > 0, mx.cumsum(weights, axis=-1), 0.0)
+    # The largest draw times the total may round up to the total, behind which there is nothing.
+    threshold = mx.minimum(draws, _LARGEST_DRAW)[..., None] * below.max(axis=-1, keepdims=True)
+    return mx.argmax(below > threshold, axis=-1)
 
 
 def sample_by_race(logits: mx.array, draws: mx.array, top_k: int) -> mx.array:

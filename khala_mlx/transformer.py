@@ -1,4 +1,4 @@
-"""The decoder-only transformer under both language models, and the one seam to mlx-lm.
+"""The decoder-only transformer under both language models.
 
 Pre-norm blocks of grouped-query attention and SwiGLU; every linear layer has a bias, the output
 head has none (paper section 3; upstream's Megatron arguments). Parameter names follow mlx-lm, so
@@ -7,8 +7,7 @@ that its LoRA layers find them. Knows nothing of prompts, codes or sampling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from khala_mlx.attention import in_chunks
+from khala_mlx.cache import attend_packed
 from khala_mlx.config import TransformerConfig
 from khala_mlx.errors import KhalaError
 
@@ -24,31 +24,6 @@ from khala_mlx.errors import KhalaError
 CPU_SCORE_BYTES = 64 * 2**20
 # The same while gradients are taken: some four times as much is held then, for several chunks.
 CPU_TRAINING_SCORE_BYTES = 16 * 2**20
-
-
-def make_cache(num_layers: int, capacity: int) -> list[Any]:
-    """mlx-lm key-value caches that allocate room for `capacity` tokens once."""
-    with file_limit_kept():
-        from mlx_lm.models.cache import KVCache
-    caches = [KVCache() for _ in range(num_layers)]
-    for cache in caches:
-        # The class grows by `step` and copies each time; one step of the full size never grows.
-        cache.step = capacity
-    return caches
-
-
-@contextmanager
-def file_limit_kept() -> Iterator[None]:
-    """Importing mlx_lm lowers RLIMIT_NOFILE, hard limit included, for the whole process."""
-    import resource
-
-    setrlimit = resource.setrlimit
-    # A lowered hard limit cannot be raised again, so the call itself has to be kept from acting.
-    resource.setrlimit = lambda *_: None
-    try:
-        yield
-    finally:
-        resource.setrlimit = setrlimit
 
 
 def attend(
@@ -110,9 +85,14 @@ class Attention(nn.Module):
         q = self._rotate(self._heads(self.q_proj(x[:, start:]), self.num_heads), offset + start)
         k = self._rotate(self._heads(self.k_proj(x), self.num_kv_heads), offset)
         v = self._heads(self.v_proj(x), self.num_kv_heads)
-        if cache is not None:
-            k, v = cache.update_and_fetch(k, v)
-        out = attend(q, k, v, scale=self.scale, causal=causal, training=self.training)
+        if cache is None:
+            out = attend(q, k, v, scale=self.scale, causal=causal, training=self.training)
+        else:
+            known = cache.update_and_fetch(k, v)
+            if isinstance(known[0], tuple):
+                out = attend_packed(q, known[0], known[1], cache, scale=self.scale)
+            else:
+                out = attend(q, *known, scale=self.scale, causal=causal)
         return self.o_proj(out.swapaxes(1, 2).flatten(2))
 
     def _heads(self, x: mx.array, heads: int) -> mx.array:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ from tolerances import CLOSE
 
 from khala_mlx import Khala, KhalaError, tokens
 from khala_mlx.backbone import Backbone
+from khala_mlx.cache import make_cache, spread
 from khala_mlx.config import BackboneConfig, TokenLayout
+from khala_mlx.errors import KhalaWarning
 
 KEY = mx.random.key(0)
 
@@ -95,24 +98,27 @@ def test_an_unreachable_token_is_an_error(
 
 
 class Scripted(Backbone):
-    """A tiny backbone whose head prefers what a script says."""
+    """A tiny backbone that writes what a script says."""
 
     def __init__(self, script: list[int]) -> None:
-        layout = TokenLayout.tiny()
-        super().__init__(BackboneConfig.tiny(), layout)
+        super().__init__(BackboneConfig.tiny(), TokenLayout.tiny())
         self.script, self.turn = script, 0
 
-    def body(self, x: mx.array, **_: Any) -> mx.array:
-        token = self.script[min(self.turn, len(self.script) - 1)]
-        self.turn += 1
-        weight = mx.zeros_like(self.lm_head.weight)
-        weight[token] = 1.0
-        self.lm_head.weight = weight
-        return mx.ones((1, 1, self.config.hidden_size))
+    def _read_prompt(self, *_: Any) -> Any:
+        return mx.ones((1, 1, self.config.hidden_size)), []
+
+    def hidden(self, ids: mx.array, cache: Any = None) -> mx.array:
+        return mx.ones((*ids.shape, self.config.hidden_size))
 
     def _choices(self, reachable_only: bool) -> Any:
         every = mx.arange(self.config.vocab_size)
-        return [(lambda x: self.lm_head(x), every)]
+
+        def project(hidden: mx.array) -> mx.array:
+            token = self.script[min(self.turn, len(self.script) - 1)]
+            self.turn += 1
+            return (every == token).astype(mx.float32)[None]
+
+        return [(project, every)]
 
 
 END = TokenLayout.tiny().end_of_song
@@ -204,8 +210,122 @@ def test_too_many_frames_are_cut_with_a_warning(tiny: Khala) -> None:
 def test_progress_counts_frames(tiny: Khala) -> None:
     seen: list[tuple[int, int]] = []
     tiny.compose(np.arange(9), max_frames=6, min_frames=6, on_progress=lambda *a: seen.append(a))
-    assert seen == [(n, 6) for n in range(1, 7)]
+    # Looked at every 16 tokens, that is 8 frames.
+    assert seen == [(6, 6)]
+    seen.clear()
+    tiny.compose(np.arange(9), max_frames=20, min_frames=20, on_progress=lambda *a: seen.append(a))
+    assert seen == [(8, 20), (16, 20), (20, 20)]
 
 
 def test_long_songs_return_freed_buffers(tiny: Khala) -> None:
     assert tiny.compose(np.arange(5), max_frames=200, min_frames=200).shape == (2, 200)
+
+
+PROMPT = np.arange(9)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Khala) -> list[np.ndarray]:
+    """Songs of many lengths: the tiny model ends a song with each token about once in 17."""
+    return [compose_or_empty(tiny, seed) for seed in range(12)]
+
+
+def compose_or_empty(tiny: Khala, seed: int) -> np.ndarray:
+    try:
+        return tiny.compose(PROMPT, max_frames=50, seed=seed)
+    except KhalaError:
+        return np.empty((2, 0), int)
+
+
+def test_songs_of_a_batch_equal_the_songs_of_their_seeds_alone(
+    tiny: Khala, alone: list[np.ndarray]
+) -> None:
+    lengths = {song.shape[1] for song in alone}
+    assert len(lengths) > 4
+    with pytest.warns(KhalaWarning, match=r"Song \d+: The model ended the song before its first"):
+        songs = tiny.compose_many(PROMPT, seeds=range(12), max_frames=50)
+    for song, expected in zip(songs, alone, strict=True):
+        assert np.array_equal(song, expected)
+    # Whatever else is in the batch, and in which order.
+    longest = max(range(12), key=lambda seed: alone[seed].shape[1])
+    shortest = min((s for s in range(12) if alone[s].size), key=lambda s: alone[s].shape[1])
+    pair = tiny.compose_many(PROMPT, seeds=[longest, shortest], max_frames=50)
+    assert np.array_equal(pair[0], alone[longest])
+    assert np.array_equal(pair[1], alone[shortest])
+
+
+def test_a_batch_reads_the_prompt_once_and_drops_songs_that_ended(
+    tiny: Khala, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    body = Backbone.body
+
+    def spied(self: Backbone, x: mx.array, **rest: Any) -> mx.array:
+        shapes.append(tuple(x.shape[:2]))
+        return body(self, x, **rest)
+
+    monkeypatch.setattr(Backbone, "body", spied)
+    with pytest.warns(KhalaWarning):
+        tiny.compose_many(PROMPT, seeds=range(12), max_frames=50)
+    assert shapes[0] == (1, 9)
+    assert shapes[1] == (12, 1)
+    rows = [rows for rows, length in shapes[1:]]
+    assert rows == sorted(rows, reverse=True)
+    assert rows[-1] < 12
+    assert all(length == 1 for _, length in shapes[1:])
+
+
+def test_a_batch_in_which_every_song_fails_is_an_error(tiny: Khala) -> None:
+    sampling = {"max_frames": 8, "min_frames": 8, "reachable_only": False, "top_k": 1}
+    with pytest.raises(KhalaError, match="no code of layer"):
+        tiny.compose_many(np.array([5]), seeds=[1, 2], **sampling)
+
+
+def test_a_batch_needs_seeds(tiny: Khala) -> None:
+    with pytest.raises(KhalaError, match="At least one seed"):
+        tiny.compose_many(PROMPT, seeds=[], max_frames=5)
+    with pytest.raises(KhalaError, match="seed has to be"):
+        tiny.compose_many(PROMPT, seeds=[1, -1], max_frames=5)
+
+
+@pytest.fixture(scope="module")
+def wide() -> Backbone:
+    """Heads of 64 dimensions, as the released model has."""
+    mx.random.seed(1)
+    layout = TokenLayout.tiny()
+    sizes = {"hidden_size": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
+    config = replace(BackboneConfig.tiny(), **sizes)
+    model = Backbone(config, layout)
+    mx.eval(model.parameters())
+    return model
+
+
+@pytest.mark.parametrize("kv_bits", [8, 4])
+def test_a_packed_cache_stays_close(wide: Backbone, kv_bits: int) -> None:
+    prompt = mx.array(np.arange(40)[None])
+    whole = wide.hidden(prompt)
+    plain, packed = make_cache(2, 39), make_cache(2, 60, kv_bits=kv_bits, head_dim=64)
+    wide.hidden(prompt[:, :39], plain)
+    size = plain[0].nbytes
+    spread(plain, packed, 2)
+    hidden = wide.hidden(mx.concatenate([prompt[:, 39:]] * 2), packed)
+    assert hidden.shape == (2, 1, 128)
+    error = mx.abs(hidden[:, 0] - whole[:, -1]).max().item()
+    assert 0 < error < {8: 0.01, 4: 0.2}[kv_bits]
+    # Two rows of 60 tokens against one of 39; 32 bits against kv_bits and two scales for 64.
+    assert packed[0].nbytes == size * 2 * 60 / 39 * (kv_bits + 1) / 32
+
+
+def test_songs_from_a_packed_cache(wide: Backbone) -> None:
+    keys = [mx.random.key(seed) for seed in (1, 2)]
+    sampling = {"max_frames": 30, "min_frames": 30, "kv_bits": 8}
+    songs = wide.compose_many(np.arange(9), keys=keys, **sampling)
+    for key, song in zip(keys, songs, strict=True):
+        assert np.array_equal(wide.compose(np.arange(9), key=key, **sampling), song)
+
+
+def test_a_packing_that_cannot_be_is_refused(tiny: Khala) -> None:
+    with pytest.raises(KhalaError, match="kv_bits has to be 4 or 8"):
+        tiny.compose(PROMPT, max_frames=5, kv_bits=3)
+    with pytest.raises(KhalaError, match="heads of 32 dimensions or a multiple"):
+        tiny.compose(PROMPT, max_frames=5, kv_bits=8)

@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_refused_and_the_rest_stays(
 
 
 def test_mlx_lm_reads_the_folder_too(khala: Khala, saved: Callable[..., Path]) -> None:
-    from khala_mlx.transformer import file_limit_kept
+    from khala_mlx.cache import file_limit_kept
 
     with file_limit_kept():
         from mlx_lm.tuner.utils import load_adapters

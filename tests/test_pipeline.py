@@ -99,6 +99,40 @@ def test_low_memory_frees_each_stage(tiny_folder: Path, song: Song) -> None:
     assert khala._parts == {}
 
 
+def test_songs_of_many_seeds_equal_each_alone(tiny_folder: Path, song: Song) -> None:
+    khala = Khala.from_pretrained(tiny_folder, keep_loaded=False)
+    seen: list[tuple[str, int, int]] = []
+    request = Request(tags="pop", lyrics="la la", seconds=0.2, min_seconds=0.2, seed=99)
+    songs = khala.fulfil_many(request, [4, 5], lambda *a: seen.append(a))
+    first, second = songs
+    assert khala._parts == {}
+    assert np.array_equal(second.waveform, song.waveform)
+    assert [s.metadata["request"]["seed"] for s in (first, second)] == [4, 5]
+    assert not np.array_equal(first.codes, second.codes)
+    assert set(first.metadata["timings"]) == {"compose", "refine", "render"}
+    refined = [(done, total) for stage, done, total in seen if stage == "refine"]
+    assert refined == [(n, 12) for n in range(1, 13)]
+    again = khala.fulfil(Request.from_dict(second.metadata["request"]))
+    assert np.array_equal(again.waveform, song.waveform)
+
+
+def test_songs_that_fail_are_left_out(tiny: Khala) -> None:
+    seeds = range(60)
+    with pytest.warns(KhalaWarning, match=r"Song \d+: The model ended"):
+        songs = list(tiny.fulfil_many(Request(tags="x", seconds=0.2), seeds))
+    assert 0 < len(songs) < 60
+    lengths = {s.codes.shape[1] for s in songs}
+    assert len(lengths) > 1
+
+
+def test_no_seeds_are_refused_before_anything_loads(tiny_folder: Path) -> None:
+    khala = Khala.from_pretrained(tiny_folder)
+    for seeds, sentence in (([], "At least one seed"), ([1, -4], "seed has to be")):
+        with pytest.raises(KhalaError, match=sentence):
+            khala.fulfil_many(Request(), seeds)
+    assert khala._parts == {}
+
+
 def test_progress_names_the_stages_in_order(tiny: Khala) -> None:
     seen: list[tuple[str, int, int]] = []
     tiny.generate(seconds=0.05, min_seconds=0.05, seed=1, on_progress=lambda *a: seen.append(a))
@@ -148,43 +182,6 @@ def test_bad_requests_are_refused_before_anything_loads(
 def test_misspelt_arguments_are_errors(tiny: Khala) -> None:
     with pytest.raises(TypeError, match="temprature"):
         tiny.generate(temprature=1.0)  # type: ignore[call-arg]
-
-
-def budget(khala: Khala, **request: Any) -> tuple[int, int]:
-    return khala.frame_budget(Request(**request), 100, 80)
-
-
-def released(tiny: Khala) -> Khala:
-    from khala_mlx.config import KhalaConfig
-
-    return Khala(tiny.folder, KhalaConfig(), tiny.tokenizer)
-
-
-def test_a_small_window_breaks_no_wish_that_was_not_made(tiny: Khala) -> None:
-    """Tiny windows hold less than a second, and one minute is the least a prompt can ask for."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        most, _ = tiny.frame_budget(Request(), 20, 10)
-    assert most == (tiny.config.backbone.context - 20) // 2
-    for wish in (Request(minutes=2), Request(seconds=5.0), Request(min_seconds=5.0)):
-        with pytest.warns(KhalaWarning, match="do not fit the windows"):
-            tiny.frame_budget(wish, 20, 10)
-
-
-def test_the_frame_budget_of_the_released_windows(tiny: Khala) -> None:
-    khala = released(tiny)
-    # 1.8 minutes at 21.533 frames a second (upstream: 2584 tokens a minute).
-    assert budget(khala, minutes=1) == (2326, 0)
-    assert budget(khala, seconds=10.0, min_seconds=10.0) == (216, 216)
-    with pytest.warns(KhalaWarning, match=r"10:00 of song .* the longest is 6:16"):
-        assert budget(khala, minutes=10) == (8112, 0)
-    with pytest.warns(KhalaWarning, match=r"the longest is 6:16"):
-        assert budget(khala, min_seconds=1000.0) == (8112, 8112)
-
-
-def test_a_prompt_without_room_is_refused(tiny: Khala) -> None:
-    with pytest.raises(KhalaError, match="leaves no room"):
-        tiny.frame_budget(Request(), 511, 80)
 
 
 def test_a_silent_song_is_told(tiny_folder: Path) -> None:

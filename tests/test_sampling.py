@@ -14,6 +14,7 @@ from khala_mlx.sampling import (
     sample_by_race,
     stage_key,
     top_k_logits,
+    uniform_draws,
 )
 
 
@@ -44,9 +45,24 @@ def test_top_k_keeps_everything_when_there_is_no_more(top_k: int, size: int) -> 
 
 def test_samples_follow_the_probabilities() -> None:
     logits = mx.broadcast_to(mx.log(mx.array([0.5, 0.3, 0.15, 0.05])), (20000, 4))
-    drawn = np.array(sample(logits, mx.random.key(1), top_k=3, temperature=1.0))
+    draws = uniform_draws(mx.random.key(1), 20000)
+    drawn = np.array(sample(logits, draws, top_k=3, temperature=1.0))
     shares = np.bincount(drawn, minlength=4) / len(drawn)
     assert shares == pytest.approx(np.array([0.5, 0.3, 0.15, 0]) / 0.95, abs=0.015)
+
+
+@given(st.integers(0, 2**32), st.integers(2, 40), st.sampled_from([0.0, 1 - 2.0**-24, None]))
+def test_only_what_can_be_drawn_is_drawn(seed: int, top_k: int, draw: float | None) -> None:
+    """The ends of the unit interval, impossible rows at either end, any batch."""
+    rng = np.random.default_rng(seed)
+    logits = rng.standard_normal((3, 50)).astype(np.float32)
+    logits[:, [0, -1]] = -np.inf
+    draws = rng.random(3, dtype=np.float32) if draw is None else np.full(3, draw, np.float32)
+    chosen = np.array(sample(mx.array(logits), mx.array(draws), top_k=top_k, temperature=0.7))
+    for row, index in enumerate(chosen):
+        assert (logits[row] >= logits[row, index]).sum() <= top_k
+        one = sample(mx.array(logits[row]), mx.array(draws[row]), top_k=top_k, temperature=0.7)
+        assert one.item() == index
 
 
 def test_the_race_follows_the_softmax_of_the_best() -> None:
@@ -58,7 +74,7 @@ def test_the_race_follows_the_softmax_of_the_best() -> None:
 
 def test_top_k_one_is_argmax() -> None:
     logits = mx.array([[0.1, 2.0, 1.0]])
-    assert sample(logits, mx.random.key(0), top_k=1, temperature=5.0).item() == 1
+    assert sample(logits, mx.array([0.5]), top_k=1, temperature=5.0).item() == 1
 
 
 @pytest.mark.parametrize("top_k", [0, -1, 1.5, True, "3"])

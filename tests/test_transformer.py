@@ -1,5 +1,3 @@
-import resource
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -9,7 +7,8 @@ from hypothesis import strategies as st
 from tolerances import CLOSE
 
 from khala_mlx import Khala, transformer
-from khala_mlx.transformer import attend, make_cache, projector
+from khala_mlx.cache import make_cache
+from khala_mlx.transformer import attend, projector
 
 
 def plain_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool) -> np.ndarray:
@@ -60,12 +59,6 @@ def test_cached_steps_equal_one_pass(tiny: Khala) -> None:
     assert mx.abs(mx.concatenate(steps, axis=1) - whole).max().item() < CLOSE
     # One allocation of the full capacity, never grown.
     assert cache[0].keys.shape[2] == 12
-
-
-def test_mlx_lm_does_not_lower_the_file_limit() -> None:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    make_cache(1, 4)
-    assert resource.getrlimit(resource.RLIMIT_NOFILE) == limit
 
 
 @pytest.mark.parametrize("kind", ["linear", "quantized", "adapter"])

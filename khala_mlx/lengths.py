@@ -1,0 +1,72 @@
+"""How long a song becomes: what was asked for, and what the trained windows hold."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+from khala_mlx.config import KhalaConfig
+from khala_mlx.errors import KhalaError, KhalaWarning
+from khala_mlx.song import Request
+
+# Songs run past the minutes asked for; upstream's progress bar allows for 0.8 more.
+SPARE_MINUTES = 0.8
+
+
+def backbone_room(config: KhalaConfig, prompt_length: int) -> int:
+    """Whole frames that fit the backbone's trained window behind a prompt."""
+    return max(0, config.backbone.context - prompt_length) // config.tokens.num_coarse
+
+
+def frame_budget(
+    config: KhalaConfig, request: Request, backbone_length: int, superres_length: int
+) -> tuple[int, int]:
+    """(most, least) frames of a request whose prompts have these lengths, in tokens.
+
+    A length that cannot fit the trained windows is cut, with a KhalaWarning that names the
+    longest that can.
+
+    Raises:
+        KhalaError: if nothing fits behind the prompt, or the seconds make no sense.
+    """
+    fit = min(backbone_room(config, backbone_length), config.superres.context - superres_length)
+    if fit < 1:
+        raise KhalaError(
+            f"The prompt of {backbone_length} tokens leaves no room for a song in the trained "
+            f"window of {config.backbone.context}: shorten the lyrics."
+        )
+    seconds, least = request.seconds, request.min_seconds
+    for name, value in (("seconds", seconds), ("min_seconds", least)):
+        if value is not None and not 0 <= value < math.inf:
+            raise KhalaError(f"{name} has to be a number of seconds, got {value!r}.")
+    if seconds is not None and (seconds <= 0 or least > seconds):
+        raise KhalaError(f"seconds has to be above 0 and not below min_seconds, got {seconds}.")
+    rate = config.codec.frame_rate
+    asked = request.minutes * 60 if seconds is None else seconds
+    # One minute is the least a prompt can say, and no wish that a smaller window breaks.
+    wished = least if seconds is None and request.minutes == 1 else max(asked, least)
+    if _frames(wished, rate) > fit:
+        warn_window(config, _frames(wished, rate), fit)
+    most = _frames(asked + (SPARE_MINUTES * 60 if seconds is None else 0), rate)
+    most = min(fit, max(most, _frames(least, rate)))
+    return most, min(most, math.ceil(least * rate))
+
+
+def warn_window(config: KhalaConfig, frames: int, fit: int) -> None:
+    """Tell that `frames` were cut to the `fit` of the trained windows."""
+    rate = config.codec.frame_rate
+    warnings.warn(
+        f"{_clock_time(frames / rate)} of song do not fit the windows the model was trained on "
+        f"({config.backbone.context} tokens, {config.superres.context} rows): with this prompt "
+        f"the longest is {_clock_time(fit / rate)}.",
+        KhalaWarning,
+        stacklevel=4,
+    )
+
+
+def _frames(seconds: float, rate: float) -> int:
+    return max(1, math.ceil(seconds * rate))
+
+
+def _clock_time(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
