@@ -23,18 +23,22 @@ def frame_budget(
 ) -> tuple[int, int]:
     """(most, least) frames of a request whose prompts have these lengths, in tokens.
 
-    A length that cannot fit the trained windows is cut, with a KhalaWarning that names the
-    longest that can.
+    A length that cannot fit the backbone's trained window is cut, with a KhalaWarning that names
+    the longest that can; superres goes beyond its own in windows.
 
     Raises:
         KhalaError: if nothing fits behind the prompt, or the seconds make no sense.
     """
-    fit = min(backbone_room(config, backbone_length), config.superres.context - superres_length)
-    if fit < 1:
-        raise KhalaError(
-            f"The prompt of {backbone_length} tokens leaves no room for a song in the trained "
-            f"window of {config.backbone.context}: shorten the lyrics."
-        )
+    fit = backbone_room(config, backbone_length)
+    for length, context, room in (
+        (backbone_length, config.backbone.context, fit),
+        (superres_length, config.superres.context, config.superres.context - superres_length),
+    ):
+        if room < 1:
+            raise KhalaError(
+                f"The prompt of {length} tokens leaves no room for a song in the trained window "
+                f"of {context}: shorten the lyrics."
+            )
     seconds, least = request.seconds, request.min_seconds
     for name, value in (("seconds", seconds), ("min_seconds", least)):
         if value is not None and not 0 <= value < math.inf:
@@ -53,12 +57,12 @@ def frame_budget(
 
 
 def warn_window(config: KhalaConfig, frames: int, fit: int) -> None:
-    """Tell that `frames` were cut to the `fit` of the trained windows."""
+    """Tell that `frames` were cut to the `fit` of the trained window."""
     rate = config.codec.frame_rate
     warnings.warn(
-        f"{_clock_time(frames / rate)} of song do not fit the windows the model was trained on "
-        f"({config.backbone.context} tokens, {config.superres.context} rows): with this prompt "
-        f"the longest is {_clock_time(fit / rate)}.",
+        f"{_clock_time(frames / rate)} of song do not fit the window the backbone was trained on "
+        f"({config.backbone.context} tokens): with this prompt the longest is "
+        f"{_clock_time(fit / rate)}.",
         KhalaWarning,
         stacklevel=4,
     )

@@ -5,7 +5,9 @@ Every step sees the whole song. Works on codes and token ids; knows nothing of s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -13,12 +15,17 @@ import numpy as np
 
 from khala_mlx import tokens
 from khala_mlx.config import SuperResConfig, TokenLayout
-from khala_mlx.errors import KhalaError
+from khala_mlx.errors import KhalaError, KhalaWarning
 from khala_mlx.sampling import check_sampling, exponential, sample_by_race
 from khala_mlx.transformer import Transformer, like_input, projector
 
 Progress = Callable[[int, int], None]
 Draws = Callable[[int], np.ndarray]
+
+# A window shares one part in so many with the one before.
+_OVERLAP = 4
+# Frames without which a window and its overlap make no sense.
+_LEAST_ROOM = 2 * _OVERLAP
 
 
 class SuperRes(Transformer):
@@ -57,40 +64,71 @@ class SuperRes(Transformer):
         pads to 8192 rows and masks, with identical tokens. `draws(layer)` replaces the
         Exponential(1) draws [T, top_k] of a layer (parity tests inject upstream's).
 
+        A song of more rows than the trained window is refined in windows that overlap, each with
+        the codes of the one before held fixed; training knows no such thing, and a KhalaWarning
+        says so.
+
         Raises:
-            KhalaError: for codes or ids out of range, or more rows than the trained window.
+            KhalaError: for codes or ids out of range, or a prompt that leaves no room.
         """
         check_sampling(top_k)
         coarse = tokens.check_codes(
             coarse, layers=self.layout.num_coarse, codebook_size=self.layout.codebook_size
         )
         frames, top_k = coarse.shape[1], min(top_k, self.layout.codebook_size)
-        self._check_rows(len(ids), frames)
+        windows = self._windows(len(ids), frames)
         prompt = self.embed(self.checked_ids(np.asarray(ids)[None], 2, "[1, P]"))
         keys = mx.random.split(key, self.layout.num_codebooks)
-        codes = [mx.array(layer.astype(np.int32)) for layer in coarse]
-        # Columns are only ever added, so the sum over them is kept instead of made again.
-        audio = mx.zeros((1, frames, self.config.hidden_size))
-        for layer, known in enumerate(codes):
-            audio = audio + self._embed_codes(layer, known)
-        first, last = self.layout.num_coarse, self.layout.num_codebooks
-        for layer in range(first, last):
-            logits = self._step(prompt, audio, layer)
+
+        def pick(logits: mx.array, layer: int, first: int) -> mx.array:
             if top_k == 1:
-                chosen = mx.argmax(logits, axis=-1)
-            else:
-                drawn = (
-                    exponential(keys[layer], (frames, top_k))
-                    if draws is None
-                    else mx.array(draws(layer))
-                )
-                chosen = sample_by_race(logits, drawn, top_k)
-            audio = audio + self._embed_codes(layer, chosen)
-            codes.append(chosen.astype(mx.int32))
-            mx.eval(audio, codes[-1])
+                return mx.argmax(logits, axis=-1)
+            drawn = exponential(keys[layer], (frames, top_k)) if draws is None else draws(layer)
+            rows = mx.array(drawn)[first : first + logits.shape[0]]
+            return sample_by_race(logits, rows, top_k)
+
+        codes = np.zeros((self.layout.num_codebooks, frames), dtype=np.int64)
+        codes[: self.layout.num_coarse] = coarse
+        steps = self.layout.num_codebooks - self.layout.num_coarse
+
+        def report(done: int, begun: int) -> None:
             if on_progress is not None:
-                on_progress(layer - first + 1, last - first)
-        return np.stack([np.array(layer, dtype=np.int64) for layer in codes])
+                on_progress(begun + done, len(windows) * steps)
+
+        for number, (first, fixed, last) in enumerate(windows):
+            codes[:, first:last] = self._refine_window(
+                prompt,
+                codes[:, first:last],
+                fixed,
+                partial(pick, first=first),
+                partial(report, begun=number * steps),
+            )
+        return codes
+
+    def _refine_window(
+        self,
+        prompt: mx.array,
+        codes: np.ndarray,
+        fixed: int,
+        pick: Callable[[mx.array, int], mx.array],
+        report: Callable[[int], None],
+    ) -> np.ndarray:
+        """Codes [K, T] whose coarse layers and first `fixed` frames are known -> all of them.
+
+        prompt [1, P, H]; `pick` draws codes [T] of a layer from logits [T, codebook_size].
+        """
+        known = [mx.array(layer.astype(np.int32)) for layer in codes]
+        # Columns are only ever added, so the sum over them is kept instead of made again.
+        audio = mx.zeros((1, codes.shape[1], self.config.hidden_size))
+        for layer in range(self.layout.num_coarse):
+            audio = audio + self._embed_codes(layer, known[layer])
+        for layer in range(self.layout.num_coarse, self.layout.num_codebooks):
+            chosen = pick(self._step(prompt, audio, layer), layer).astype(mx.int32)
+            known[layer] = mx.concatenate([known[layer][:fixed], chosen[fixed:]])
+            audio = audio + self._embed_codes(layer, known[layer])
+            mx.eval(audio, known[layer])
+            report(layer - self.layout.num_coarse + 1)
+        return np.stack([np.array(layer, dtype=np.int64) for layer in known])
 
     def _step(self, prompt: mx.array, audio: mx.array, layer: int) -> mx.array:
         """prompt [1, P, H] and audio [1, T, H], float32 -> logits [T, codebook_size] of `layer`."""
@@ -103,12 +141,29 @@ class SuperRes(Transformer):
         """Codes [T] of one layer -> embeddings [1, T, H] in float32."""
         return self.embed(codes[None] + tokens.window(self.layout, layer)[0])
 
-    def _check_rows(self, prompt_length: int, frames: int) -> None:
+    def _windows(self, prompt_length: int, frames: int) -> list[tuple[int, int, int]]:
+        """(first, fixed, last) of each window: frames first..last, the first `fixed` known."""
         if prompt_length < 1:
             raise KhalaError("The superres prompt has to hold at least one token.")
         room = self.config.context - prompt_length
-        if frames > room:
+        if frames <= room:
+            return [(0, 0, frames)]
+        if room < _LEAST_ROOM:
             raise KhalaError(
                 f"The trained window of {self.config.context} rows has room for {max(0, room)} "
-                f"frames behind this prompt of {prompt_length} tokens, the song has {frames}."
+                f"frames behind this prompt of {prompt_length} tokens: shorten it."
             )
+        windows = [(0, 0, room)]
+        while windows[-1][2] < frames:
+            done = windows[-1][2]
+            # All of one size: the last begins earlier instead of being shorter.
+            first = min(done - room // _OVERLAP, frames - room)
+            windows.append((first, done - first, first + room))
+        warnings.warn(
+            f"The song has {frames} frames, and the window superres was trained on has room for "
+            f"{room} behind this prompt: it is refined in {len(windows)} overlapping windows, "
+            "which is beyond its training.",
+            KhalaWarning,
+            stacklevel=3,
+        )
+        return windows

@@ -1,3 +1,5 @@
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,10 @@ import pytest
 from tolerances import CLOSE
 
 from khala_mlx import Khala, KhalaError, tokens
+from khala_mlx.config import SuperResConfig, TokenLayout
+from khala_mlx.errors import KhalaWarning
+from khala_mlx.sampling import sample_by_race
+from khala_mlx.superres import SuperRes
 
 KEY = mx.random.key(0)
 
@@ -96,6 +102,55 @@ def test_refine_agrees_with_whole_forward_passes(tiny: Khala) -> None:
         assert np.array_equal(np.array(mx.argmax(logits, -1)), refined[layer])
 
 
+@pytest.fixture(scope="module")
+def narrow() -> SuperRes:
+    """A model trained on 40 rows."""
+    mx.random.seed(0)
+    config = replace(SuperResConfig.tiny(), context=40, max_prompt=30)
+    model = SuperRes(config, TokenLayout.tiny())
+    mx.eval(model.parameters())
+    return model
+
+
+def test_long_songs_go_in_windows_over_fixed_codes(narrow: SuperRes) -> None:
+    """Room for 32 frames: windows at 0, 24 and, moved inwards, 43, each refined as if alone."""
+    layout, prompt, frames = narrow.layout, np.arange(8), 75
+    rng = np.random.default_rng(0)
+    coarse, drawn = rng.integers(0, 16, (2, frames)), rng.exponential(size=(8, frames, 4))
+    seen: list[tuple[int, int]] = []
+    with pytest.warns(KhalaWarning, match="75 frames, .* room for 32 .* in 3 overlapping"):
+        codes = narrow.refine(
+            prompt,
+            coarse,
+            top_k=4,
+            key=KEY,
+            draws=lambda layer: drawn[layer],
+            on_progress=lambda *a: seen.append(a),
+        )
+    assert seen == [(n, 18) for n in range(1, 19)]
+    assert np.array_equal(codes[:2], coarse)
+    starts = np.array([tokens.window(layout, layer)[0] for layer in range(8)])[:, None]
+    done = 0
+    for first in (0, 24, 43):
+        for layer in range(2, 8):
+            rows = np.full((1, 8 + 32, layer), -1)
+            rows[0, :8, 0] = [*prompt[:-1], tokens.marker(layout, layer)]
+            # Inside the overlap these are the codes of the window before.
+            rows[0, 8:] = (codes[:layer, first : first + 32] + starts[:layer]).T
+            hidden = mx.array(narrow.hidden(rows)[0, 8:])
+            logits = hidden @ narrow.lm_head.weight[slice(*tokens.window(layout, layer))].T
+            wanted = sample_by_race(logits, mx.array(drawn[layer, first : first + 32]), 4)
+            assert np.array_equal(wanted[done - first :], codes[layer, done : first + 32])
+        done = first + 32
+    assert done == frames
+
+
+def test_a_song_of_the_whole_window_goes_at_once(narrow: SuperRes) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert narrow.refine(np.arange(8), np.zeros((2, 32), int), key=KEY).shape == (8, 32)
+
+
 def test_same_seed_same_detail(tiny: Khala) -> None:
     coarse = np.zeros((2, 9), int)
     made = [tiny.refine(np.arange(5), coarse, seed=s) for s in (1, 1, 2)]
@@ -119,7 +174,7 @@ def test_more_candidates_than_codes(tiny: Khala) -> None:
     [
         (np.arange(5), np.zeros((3, 4), int), {}, "shape"),
         (np.arange(5), np.full((2, 4), 16), {}, "0..15"),
-        (np.arange(5), np.zeros((2, 380), int), {}, "room for 379 frames"),
+        (np.arange(380) % 9, np.zeros((2, 9), int), {}, "room for 4 frames"),
         (np.arange(0), np.zeros((2, 3), int), {}, "at least one token"),
         (np.array([999]), np.zeros((2, 3), int), {}, "Token ids"),
         (np.arange(5), np.zeros((2, 3), int), {"top_k": 0}, "top_k"),
