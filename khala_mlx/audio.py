@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from khala_mlx import tags as tagging
 from khala_mlx.errors import AudioError, KhalaWarning
 from khala_mlx.files import appears_whole, check_destination
 
@@ -34,6 +35,7 @@ _SUBTYPES: Mapping[str, Mapping[str, str]] = {
     ".ogg": {"16": "VORBIS"},
     ".mp3": {"16": "MPEG_LAYER_III"},
 }
+SUFFIXES = tuple(_SUBTYPES)
 # libsndfile's Vorbis encoder overflows its stack on huge single writes.
 _BLOCK = 65536
 # Samples by which a lossy file may differ in length; they are exact in practice.
@@ -101,7 +103,10 @@ def write_audio(
     tags: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write float samples [L, C] as wav, flac, ogg or mp3, by suffix. Clips beyond full scale."""
+    """Write float samples [L, C] as wav, flac, ogg or mp3, by suffix. Clips beyond full scale.
+
+    `tags` are texts by name, of tags.NAMES; a KhalaWarning names those the file cannot hold.
+    """
     import soundfile
 
     check_output(path, bit_depth)
@@ -112,7 +117,7 @@ def write_audio(
             with soundfile.SoundFile(
                 temporary, "w", sample_rate, waveform.shape[1], subtype=subtype
             ) as file:
-                for name, text in (tags or {}).items():
+                for name, text in tagging.plain(path, tags or {}).items():
                     setattr(file, name, text)
                 for start in range(0, len(waveform), _BLOCK):
                     file.write(waveform[start : start + _BLOCK])
@@ -122,6 +127,34 @@ def write_audio(
             raise AudioError(f"{path} cannot be written: {_write_reason(error)}.") from error
         if abs(written - len(waveform)) > _CODEC_DELAY:
             raise AudioError(f"{path} cannot be written whole: the disk seems full.")
+        if missing := tagging.write(temporary, tags or {}):
+            _tell_missing_tags(path, missing)
+
+
+def _tell_missing_tags(path: Path, missing: list[str]) -> None:
+    fix = (
+        "this format cannot hold them"
+        if tagging.with_mutagen()
+        else "`pip install 'khala-mlx[tags]'` lets every format hold them"
+    )
+    warnings.warn(
+        f"{path} does not hold these tags: {', '.join(missing)}; {fix}.", KhalaWarning, stacklevel=3
+    )
+
+
+def read_sound(path: Path) -> tuple[np.ndarray, int]:
+    """A sound file as it is: float32 samples [L, C] and their rate.
+
+    Raises:
+        AudioError: if it cannot be read, holds no samples, or would not fit half of the memory.
+    """
+    with _opened(path) as file:
+        _check_format(path, file, file.samplerate, file.channels)
+        waveform = file.read(dtype="float32", always_2d=True)
+        rate = int(file.samplerate)
+    if len(waveform) == 0:
+        raise AudioError(f"{path} holds no samples.")
+    return waveform, rate
 
 
 def read_audio(
@@ -312,10 +345,4 @@ def play(waveform: np.ndarray, sample_rate: int) -> None:
 
 def play_file(path: Path) -> None:
     """Play a sound file of any rate and channel count; see `play`."""
-    import soundfile
-
-    try:
-        waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise AudioError(f"{path} cannot be read as sound: {_reason(error)}.") from error
-    play(waveform, rate)
+    play(*read_sound(path))

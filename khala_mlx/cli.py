@@ -8,31 +8,21 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from khala_mlx.options import (
+    FILE,
+    FINISH,
+    finish_options,
+    json_option,
+    model_option,
+    tag_options,
+)
 from khala_mlx.terminal import OneLineErrors, Progress, command, report
 from khala_mlx.train.commands import train
 
 LICENCE_NOTE = (
     "The released Khala weights are under CC BY-NC 4.0: no commercial use; name their authors."
 )
-FILE = click.Path(path_type=Path)
-DEPTHS = click.Choice(["16", "24", "float"])
 TEXT_MODES = click.Choice(["same_as_backbone", "same_as_backbone_no_description", "separate"])
-
-model_option = click.option(
-    "--model",
-    "-m",
-    default="demo",
-    show_default="the model in the box",
-    help="Model folder, Hub repository, or demo.",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-depth_option = click.option("--bit-depth", type=DEPTHS, default="16", show_default=True)
-normalize_option = click.option(
-    "--normalize/--no-normalize",
-    default=True,
-    show_default=True,
-    help="Turn a song that would clip down to -1 dBFS.",
-)
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -86,7 +76,7 @@ main.add_command(train)
     show_default=True,
     help="Draw from the tokens that can follow, or from all as upstream does.",
 )
-@click.option("--like", type=FILE, help="Take everything not given here from a song.json.")
+@click.option("--like", type=FILE, help="Take all that is not given here from a song or song.json.")
 @model_option
 @click.option(
     "--adapter", "adapters", type=FILE, multiple=True, help="What a model was taught; repeatable."
@@ -99,8 +89,8 @@ main.add_command(train)
     help="How strongly each adapter works.  [default: 1]",
 )
 @click.option("--output", "-o", type=FILE, help="wav, flac, ogg or mp3.  [default: song.wav]")
-@depth_option
-@normalize_option
+@tag_options
+@finish_options
 @click.option("--play", is_flag=True, help="Play the song when it is written.")
 @click.option("--dry-run", is_flag=True, help="Show the prompt and what fits; load nothing.")
 @json_option
@@ -108,11 +98,13 @@ main.add_command(train)
 def generate(**options: Any) -> None:
     """Make a song from tags and lyrics."""
     from khala_mlx.audio import check_output
+    from khala_mlx.finish import Finish
     from khala_mlx.pipeline import Khala
     from khala_mlx.song import check_free, warn_other_adapters, warn_other_model
 
     output = options["output"] or _free_name()
-    check_output(output, options["bit_depth"])
+    finish = {name: options[name] for name in FINISH}
+    check_output(output, Finish(**finish).bit_depth)
     check_free(output)
     request = _request(options)
     khala = Khala.from_pretrained(options["model"], keep_loaded=False)
@@ -124,7 +116,7 @@ def generate(**options: Any) -> None:
         report(khala.plan(request), options["as_json"])
         return
     song = khala.fulfil(request, Progress())
-    song.save(output, normalize=options["normalize"], bit_depth=options["bit_depth"])
+    song.save(output, **finish, title=options["title"], artist=options["artist"])
     taken = sum(song.metadata["timings"].values())
     report(
         {
@@ -243,25 +235,24 @@ def encode(sound: Path, codes: Path, model: str, as_json: bool) -> None:
 @click.argument("codes", type=FILE)
 @click.argument("sound", type=FILE)
 @model_option
-@depth_option
-@normalize_option
+@finish_options
 @json_option
 @command
-def decode(
-    codes: Path, sound: Path, model: str, bit_depth: str, normalize: bool, as_json: bool
-) -> None:
+def decode(codes: Path, sound: Path, model: str, as_json: bool, **options: Any) -> None:
     """Turn codes (codes.npz) into a sound file."""
-    from khala_mlx.audio import check_output, fit_scale, load_codes, write_audio
+    from khala_mlx.audio import check_output, load_codes, write_audio
     from khala_mlx.files import check_destination
+    from khala_mlx.finish import Finish
     from khala_mlx.pipeline import Khala
 
-    check_output(sound, bit_depth)
+    finish = Finish(**options)
+    check_output(sound, finish.bit_depth)
     check_destination(sound)
     khala = Khala.from_pretrained(model)
     waveform = khala.render(load_codes(codes), on_progress=_stage("decode"))
-    waveform, levels = fit_scale(waveform, normalize=normalize)
     rate = khala.config.codec.sample_rate
-    write_audio(sound, waveform, rate, bit_depth=bit_depth)
+    waveform, levels = finish.apply(waveform, rate)
+    write_audio(sound, waveform, rate, bit_depth=finish.bit_depth)
     report({"file": str(sound), "seconds": round(len(waveform) / rate, 3), **levels}, as_json)
 
 

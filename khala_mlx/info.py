@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from pathlib import Path
 from typing import Any
 
-from khala_mlx.audio import load_codes
+from khala_mlx import tags
+from khala_mlx.audio import load_codes, read_sound
 from khala_mlx.config import KhalaConfig
 from khala_mlx.errors import AudioError, KhalaError, WeightsError
-from khala_mlx.song import sidecar_path
+from khala_mlx.loudness import MOST_CHANNELS, levels
+from khala_mlx.song import Request, recorded, sidecar_path
 from khala_mlx.weights import PARTS, part_files
 
 # No honest safetensors header is larger; the format's own reader has the same limit.
@@ -19,7 +22,7 @@ _MAX_HEADER = 100_000_000
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """A flat report of whatever `path` is; nothing is loaded but headers and codes."""
+    """A flat report of whatever `path` is; no model is loaded."""
     if path.is_dir():
         return _model(path)
     if not path.is_file():
@@ -63,33 +66,36 @@ def _sound(path: Path) -> dict[str, Any]:
     import soundfile
 
     try:
-        found = soundfile.info(str(path))
+        found = soundfile.info(os.fsencode(path))
     except (soundfile.SoundFileError, OSError) as error:
         raise AudioError(f"{path} is no sound file, codes file, take or model folder.") from error
-    report = {
+    waveform, rate = read_sound(path)
+    report: dict[str, Any] = {
         "kind": "sound",
-        "seconds": round(found.duration, 3),
-        "sample_rate": found.samplerate,
-        "channels": found.channels,
+        "seconds": round(len(waveform) / rate, 3),
+        "sample_rate": rate,
+        "channels": waveform.shape[1],
         "format": f"{found.format} {found.subtype}",
     }
-    sidecar = sidecar_path(path)
-    if sidecar.is_file() and sidecar != path:
-        report |= _song(sidecar)
+    if waveform.shape[1] <= MOST_CHANNELS:
+        report |= levels(waveform, rate)
+    there = tags.read(path)
+    report |= {name: there[name] for name in ("title", "artist", "comment") if name in there}
+    if "record" in there or sidecar_path(path).is_file():
+        report |= _song(recorded(path), str(path))
     return report
 
 
-def _song(sidecar: Path) -> dict[str, Any]:
-    from khala_mlx.song import Request
-
-    request = Request.from_sidecar(sidecar)
+def _song(record: dict[str, Any], where: str) -> dict[str, Any]:
+    request = Request.from_record(record, where)
     told = {
         name: value for name, value in request.to_dict().items() if value not in ("", None, False)
     }
-    recorded = json.loads(sidecar.read_text(encoding="utf-8"))
-    model = recorded.get("model")
+    model = record.get("model")
     if isinstance(model, dict):
-        told |= {"model": model.get("name"), "licence": model.get("licence")}
+        told |= {name: model.get(name) for name in ("name", "licence") if model.get(name)}
+        told["model"] = told.pop("name", "unknown")
+    told |= {name: record[name] for name in ("generator", "created") if name in record}
     return told
 
 

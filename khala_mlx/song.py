@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from khala_mlx import audio
+from khala_mlx import audio, tags
 from khala_mlx.config import Strict
 from khala_mlx.errors import ConfigError, KhalaError, KhalaWarning
 from khala_mlx.files import appears_whole, check_destination
+from khala_mlx.finish import Finish
+from khala_mlx.names import shown
 from khala_mlx.prompt import Prompt
 
 SIDECAR_VERSION = 1
+_LONGEST_TITLE = 200
+# Left out of the tags, so that the same song is the same file.
+_OF_ONE_RUN = ("output", "created", "timings")
 
 
 @dataclass(frozen=True)
@@ -50,21 +56,22 @@ class Request(Strict):
 
     @classmethod
     def from_sidecar(cls, path: Path) -> Self:
-        """The request recorded in a song.json; fields it lacks have their defaults.
+        """The request recorded in a song.json or a sound file; see `recorded`.
 
         Raises:
-            KhalaError: if the file cannot be read, is no sidecar, or holds wrong values.
+            KhalaError: if the file cannot be read, is no record, or holds wrong values.
+        """
+        return cls.from_record(recorded(path), str(path))
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], where: str) -> Self:
+        """The request in what `recorded` found at `where`; fields it lacks have their defaults.
+
+        Raises:
+            KhalaError: if it holds wrong values.
         """
         try:
-            sidecar = json.loads(path.read_text(encoding="utf-8"))
-            recorded = sidecar["request"]
-            values = {**cls().to_dict(), **recorded}
-        except OSError as error:
-            raise KhalaError(f"{path} cannot be read: {error.strerror}.") from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise KhalaError(f"{path} is no song.json written by khala.") from error
-        try:
-            return cls.from_dict(values, str(path))
+            return cls.from_dict({**cls().to_dict(), **record["request"]}, where)
         except ConfigError as error:
             raise KhalaError(str(error)) from error
 
@@ -96,12 +103,22 @@ class Song:
         *,
         normalize: bool = True,
         bit_depth: str = "16",
+        loudness: float | None = None,
+        fade: float = 0.0,
+        title: str = "",
+        artist: str = "",
         overwrite: bool = False,
     ) -> Path:
         """Write the sound (wav, flac, ogg, mp3 by suffix), song.json and song.take.safetensors.
 
         Samples beyond full scale are reported as a KhalaWarning; by default the song is then
-        scaled down to -1 dBFS instead of clipped. `bit_depth` is "16", "24" or "float".
+        scaled down to -1 dBFS instead of clipped.
+
+        Args:
+            bit_depth: "16", "24" or "float".
+            loudness: LUFS to bring the song to, as far as a true peak of -1 dBTP allows.
+            fade: seconds over which the end fades out.
+            title, artist: for the file's tags; the title is by default what was asked for.
 
         Raises:
             KhalaError: if one of the three files exists (and `overwrite` is false), the suffix or
@@ -110,9 +127,11 @@ class Song:
         path = Path(path)
         audio.check_output(path, bit_depth)
         audio.check_waveform(self.waveform)
+        finish = Finish(normalize, loudness, fade, bit_depth)
         check_free(path, overwrite=overwrite)
-        waveform, levels = audio.fit_scale(self.waveform, normalize=normalize)
-        self.metadata["output"] = {"file": path.name, "bit_depth": bit_depth, **levels}
+        waveform, levels = finish.apply(self.waveform, self.sample_rate)
+        named = {name: text for name, text in (("title", title), ("artist", artist)) if text}
+        self.metadata["output"] = {"file": path.name, "bit_depth": bit_depth, **named, **levels}
         # Nested, so that a failure while writing any of the three leaves none of them.
         with (
             appears_whole(take_path(path), overwrite=overwrite) as take,
@@ -145,12 +164,29 @@ class Song:
         mx.save_safetensors(str(path), arrays, {"khala": text})
 
     def _tags(self) -> dict[str, str]:
-        # WAV comments over 2045 characters vanish silently, so only a short note goes in;
-        # the sidecar holds everything.
-        request = self.metadata.get("request", {})
-        about = request.get("description") or request.get("tags") or request.get("genre") or "song"
-        note = f"Made with khala-mlx, seed {request.get('seed')}; AI-generated."
-        return {"title": str(about)[:200], "comment": note}
+        request, model = self.metadata.get("request", {}), self.metadata.get("model", {})
+        output = self.metadata.get("output", {})
+        about = request.get("description") or request.get("tags") or request.get("genre") or ""
+        record = {n: v for n, v in self.metadata.items() if n not in _OF_ONE_RUN}
+        # config_sha256 stands for the checksums of the source.
+        record["model"] = {n: v for n, v in model.items() if n != "source"}
+        return {
+            "title": output.get("title") or str(about)[:_LONGEST_TITLE] or "song",
+            "artist": output.get("artist", ""),
+            "lyrics": request.get("lyrics", ""),
+            "comment": f"Made with khala-mlx, seed {request.get('seed')}; AI-generated.",
+            "licence": _licence_tag(model),
+            "prompt": about,
+            "seed": str(request.get("seed", "")),
+            "model": model.get("name", ""),
+            # ASCII, which every tag of every format holds alike.
+            "record": json.dumps(record, separators=(",", ":")),
+        }
+
+
+def _licence_tag(model: Mapping[str, Any]) -> str:
+    licence = model.get("licence")
+    return f"Made with weights under {licence}" if licence else ""
 
 
 def sidecar_path(path: Path) -> Path:
@@ -170,13 +206,44 @@ def check_free(path: Path, *, overwrite: bool = False) -> None:
             check_destination(each)
 
 
-def warn_other_model(sidecar: Path, identity: str) -> None:
-    """Warn if a song.json names another model than the one of this `identity`."""
-    model = json.loads(sidecar.read_text(encoding="utf-8")).get("model")
-    recorded = model.get("config_sha256") if isinstance(model, dict) else None
-    if recorded and recorded != identity:
+def recorded(path: Path) -> dict[str, Any]:
+    """The record of a song: a song.json, or that in the tags of a sound file or lying beside it.
+
+    Raises:
+        KhalaError: if there is none.
+    """
+    try:
+        if path.suffix.lower() not in audio.SUFFIXES:
+            return _record(path.read_text(encoding="utf-8"))
+        path.stat()
+        if text := tags.read(path).get("record"):
+            return _record(text)
+        return _record(sidecar_path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        if path.suffix.lower() in audio.SUFFIXES and path.is_file():
+            raise KhalaError(
+                f"{path} holds no record of how it was made, and no {sidecar_path(path).name} lies "
+                "beside it."
+            ) from error
+        raise KhalaError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise KhalaError(f"{path} is no song.json written by khala.") from error
+
+
+def _record(text: str) -> dict[str, Any]:
+    record = json.loads(text)
+    if not isinstance(record["request"], dict):
+        raise TypeError
+    return dict(record)
+
+
+def warn_other_model(path: Path, identity: str) -> None:
+    """Warn if the record of a song names another model than the one of this `identity`."""
+    model = recorded(path).get("model")
+    known = model.get("config_sha256") if isinstance(model, dict) else None
+    if isinstance(model, dict) and known and known != identity:
         warnings.warn(
-            f"{sidecar} was made by another model ({model.get('name')}): the song will differ.",
+            f"{path} was made by another model ({shown(model.get('name'))}): the song will differ.",
             KhalaWarning,
             stacklevel=2,
         )

@@ -122,6 +122,36 @@ def test_like_with_another_file_of_lyrics(tiny_folder: Path) -> None:
     assert json.loads(Path("b.json").read_text())["request"]["lyrics"] == "do re\nmi fa\n"
 
 
+@pytest.mark.parametrize("name", ["a.mp3", "a.flac", "a.ogg", "a.wav"])
+def test_a_finished_file_tells_all_and_makes_the_song_again(tiny_folder: Path, name: str) -> None:
+    asked = ["--tags", "pop", "--lyrics", "la\nlé", "--seed", 3, "--title", "Ö", "--artist", "me"]
+    result = run(
+        "generate", "-m", tiny_folder, *asked, "--seconds", 0.6, "--min-seconds", 0.6,
+        "--loudness", -20, "--fade", 0.1, "-o", name,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    Path("a.json").rename("kept.json")
+    Path("alone").mkdir()
+    shutil.move(name, "alone")
+    told = json.loads(run("info", f"alone/{name}", "--json").stdout)
+    assert (told["title"], told["artist"], told["lyrics"]) == ("Ö", "me", "la\nlé")
+    assert (told["seed"], told["licence"], told["model"]) == (3, "CC BY-NC 4.0", "model")
+    assert told["loudness_lufs"] == pytest.approx(-20, abs=0.5)
+    result = run("generate", "-m", tiny_folder, "--like", f"alone/{name}", "-o", "b.wav")
+    assert result.exit_code == 0, result.stderr
+    again = json.loads(Path("b.json").read_text())
+    assert again["request"] == json.loads(Path("kept.json").read_text())["request"]
+    assert np.array_equal(
+        mx.load("a.take.safetensors")["codes"], mx.load("b.take.safetensors")["codes"]
+    )
+
+
+def test_like_a_file_without_a_record(tiny_folder: Path) -> None:
+    soundfile.write("a.wav", np.zeros((500, 2)), 44100)
+    failed(generate(tiny_folder, "--like", "a.wav"), "a.wav holds no record of how it was made")
+    failed(generate(tiny_folder, "--like", "b.mp3"), "b.mp3 cannot be read: No such file")
+
+
 def test_like_another_model_is_told(tiny_folder: Path) -> None:
     generate(tiny_folder, "--seed", 3, "-o", "a.wav")
     sidecar = json.loads(Path("a.json").read_text())
@@ -174,6 +204,8 @@ def test_info(tiny_folder: Path) -> None:
     assert json.loads(run("info", "a.take.safetensors", "--json").stdout)["frames"] == 35
     assert "layers" in run("info", "codes.npz").stdout
     Path("a.json").unlink()
+    assert json.loads(run("info", "a.wav", "--json").stdout)["tags"] == "pop"
+    soundfile.write("a.wav", np.zeros((500, 2)), 44100)
     assert "tags" not in json.loads(run("info", "a.wav", "--json").stdout)
 
 
@@ -222,6 +254,8 @@ def test_convert_reports_and_shows_the_licence(oracle: Path) -> None:
         (["-o", "a.xyz"], ".wav, .flac, .ogg, .mp3"),
         (["-o", "a.mp3", "--bit-depth", "24"], "only 16"),
         (["-o", "taken.wav"], "taken.json exists already"),
+        (["--loudness", "3"], "loudness has to be -70 to 0"),
+        (["--fade", "-1"], "fade has to be"),
         (["-o", "binary/a.wav"], "binary/a.wav cannot be written: Not a directory."),
         (["--like", "absent.json"], "absent.json cannot be read"),
         (["--lyrics", "x" * 400], "--truncate-lyrics"),
