@@ -251,15 +251,15 @@ def warn_other_model(path: Path, identity: str) -> None:
 
 def warn_other_adapters(sidecar: Path, adapters: list[dict[str, Any]]) -> None:
     """Warn if a song.json names other adapters than these (see Khala.adapters)."""
-    model = json.loads(sidecar.read_text(encoding="utf-8")).get("model")
+    model = recorded(sidecar).get("model")
     found = model.get("adapters") if isinstance(model, dict) else None
-    recorded = [each for each in found or [] if isinstance(each, dict)]
+    named = [each for each in found or [] if isinstance(each, dict)]
 
     def effect(every: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
         return [(each.get("sha256"), each.get("scale")) for each in every]
 
-    if effect(recorded) != effect(adapters):
-        told = ", ".join(f"{each.get('name')} at {each.get('scale')}" for each in recorded)
+    if effect(named) != effect(adapters):
+        told = ", ".join(f"{each.get('name')} at {each.get('scale')}" for each in named)
         warnings.warn(
             f"{sidecar} was made with other adapters ({told or 'none'}): the song will differ.",
             KhalaWarning,
