@@ -19,6 +19,7 @@ import numpy as np
 
 from khala_mlx import tokens
 from khala_mlx.adapter import Adapter
+from khala_mlx.audio import SILENCE
 from khala_mlx.backbone import Backbone
 from khala_mlx.codec import Codec
 from khala_mlx.config import DTYPES, KhalaConfig
@@ -34,9 +35,6 @@ from khala_mlx.weights import find_model, load_part, working_dtype
 
 Progress = Callable[[str, int, int], None]
 Loaded = TypeVar("Loaded", Backbone, SuperRes, Codec)
-
-# Peak below which a song is reported as silent: the step of a 16-bit file.
-SILENCE = 1 / 32768
 
 
 class Khala:

@@ -15,16 +15,28 @@ FOLDER = click.Path(path_type=Path)
 model_option = click.option(
     "--model", "-m", default="demo", show_default="the model in the box", help="What is adapted."
 )
+data_option = click.option(
+    "--data", type=FOLDER, required=True, help="Folder made by `khala train prepare`."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-adapter_option = click.option(
-    "--adapter", "adapters", type=FOLDER, multiple=True, required=True, help="Can be repeated."
+scale_option = click.option(
+    "--adapter-scale", "scales", type=float, multiple=True, help="One for each adapter."
+)
+vocabulary_option = click.option(
+    "--reachable-only/--whole-vocabulary",
+    default=True,
+    show_default=True,
+    help="Predict from the tokens that can follow, or from all.",
+)
+cut_option = click.option(
+    "--max-seconds", type=click.FloatRange(0), default=0.0, help="Cut longer songs."
 )
 POSITIVE = click.IntRange(1)
 
 
 @click.command()
 @model_option
-@click.option("--data", type=FOLDER, required=True, help="Folder made by `khala train prepare`.")
+@data_option
 @click.option("--out", type=FOLDER, required=True, help="Folder of the run and of the adapter.")
 @click.option("--rank", type=POSITIVE, default=16, show_default=True)
 @click.option(
@@ -43,13 +55,8 @@ POSITIVE = click.IntRange(1)
 )
 @click.option("--learning-rate", type=float, default=1e-4, show_default=True)
 @click.option("--warmup", type=click.IntRange(0), help="Steps.  [default: a tenth, 50 at most]")
-@click.option("--max-seconds", type=click.FloatRange(0), default=0.0, help="Cut longer songs.")
-@click.option(
-    "--reachable-only/--whole-vocabulary",
-    default=True,
-    show_default=True,
-    help="Predict from the tokens that can follow, or from all.",
-)
+@cut_option
+@vocabulary_option
 @click.option(
     "--grad-checkpoint", is_flag=True, help="Less memory, a third more time: make layers twice."
 )
@@ -60,6 +67,16 @@ POSITIVE = click.IntRange(1)
     type=click.IntRange(0),
     default=0,
     help="Stop after so many validations without a better loss, and keep the best adapter.",
+)
+@click.option(
+    "--replay", type=FOLDER, help="Another prepared folder: songs to mix in, not to be forgotten."
+)
+@click.option(
+    "--replay-share",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.25,
+    show_default=True,
+    help="Of the batches.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUT.")
@@ -78,31 +95,38 @@ def lora(model: str, data: Path, out: Path, as_json: bool, **options: Any) -> No
     may be packed (`khala convert --quantize`).
     """
     from khala_mlx.train.fine_tuning import check_memory, plan, train_lora
+    from khala_mlx.train.processes import Processes
 
-    planned = plan(model, data, _settings(options))
-    limit = options["memory_limit"]
+    planned = plan(model, data, _settings(options), options["replay"])
     told = planned.forecast.to_dict()
-    click.echo(f"Memory: {_memory(told)}", err=True)
-    if not options["dry_run"]:
-        check_memory(planned, limit * 1e9 if limit is not None else None)
-        progress = Progress()
-        figures = train_lora(
-            planned,
-            out,
-            resume=options["resume"],
-            on_progress=lambda done, total: progress("train", done, total),
-        )
+    if options["dry_run"]:
+        click.echo(f"Memory: {_memory(told)}", err=True)
+        report({f"{name}_bytes": value for name, value in told.items()}, as_json)
+        return
+    processes, limit = Processes.launched(), options["memory_limit"]
+    if processes.leads:
+        click.echo(f"Memory: {_memory(told)}", err=True)
+    check_memory(planned, limit * 1e9 if limit is not None else None)
+    progress = Progress()
+    figures = train_lora(
+        planned,
+        out,
+        resume=options["resume"],
+        processes=processes,
+        on_progress=lambda done, total: progress("train", done, total) if processes.leads else None,
+    )
+    if processes.leads:
         rounded = {name: round(value, 4) for name, value in figures.items()}
         report({"folder": str(out), **rounded, "forecast_bytes": told["total"]}, as_json)
-    else:
-        report({f"{name}_bytes": value for name, value in told.items()}, as_json)
 
 
 @click.command()
 @click.argument("destination", type=FOLDER, metavar="DEST")
 @model_option
-@adapter_option
-@click.option("--adapter-scale", "scales", type=float, multiple=True, help="One for each adapter.")
+@click.option(
+    "--adapter", "adapters", type=FOLDER, multiple=True, required=True, help="Can be repeated."
+)
+@scale_option
 @json_option
 @command
 def fuse(
@@ -162,6 +186,7 @@ def _settings(options: dict[str, Any]) -> Any:
         modules=tuple(name.strip() for name in options["modules"].split(",")),
         accumulate=options["grad_accumulation"],
         whole_vocabulary=not options["reachable_only"],
+        replay_share=options["replay_share"] if options["replay"] else 0.0,
     )
 
 

@@ -10,6 +10,7 @@ import click
 
 from khala_mlx.terminal import Progress, command, report
 from khala_mlx.train.adapter_commands import export, fuse, lora
+from khala_mlx.train.evaluate_commands import evaluate
 
 FOLDER = click.Path(path_type=Path)
 
@@ -19,7 +20,7 @@ def train() -> None:
     """Train the three models, one after the other: codec, backbone, superres."""
 
 
-for each in (lora, fuse, export):
+for each in (lora, evaluate, fuse, export):
     train.add_command(each)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from khala_mlx.audio import read_audio, sound_length
+from khala_mlx.audio import load_codes, read_audio, sound_length
 from khala_mlx.errors import KhalaError
 
 SPLITS = ("train", "valid")
@@ -88,21 +88,33 @@ def read_coded(folder: Path, split: str) -> list[CodedSong]:
     """The songs of `split` in a prepared folder: metadata.jsonl and the codes it names.
 
     Entries of folders that an earlier version prepared name no codes: they lie in codes/ID.npz.
+
+    Raises:
+        KhalaError: if there are none, or the folder cannot be read.
     """
+    songs = []
+    for entry in _entries(folder, split):
+        codes = load_codes(folder / entry.get("codes", f"codes/{entry['id']}.npz"))
+        songs.append(CodedSong(codes, entry.get("tags", ""), entry.get("lyrics", ""), entry))
+    if not songs:
+        raise KhalaError(f"{folder} holds no songs of the split {split}.")
+    return songs
+
+
+def holds(folder: Path, split: str) -> bool:
+    """Whether a prepared folder has songs of `split`."""
+    return bool(_entries(folder, split))
+
+
+def _entries(folder: Path, split: str) -> list[dict[str, Any]]:
     index = folder / "metadata.jsonl"
     try:
         text = index.read_text(encoding="utf-8")
     except OSError as error:
         raise KhalaError(f"{index} cannot be read: {error.strerror}.") from error
-    songs = []
-    # Lyrics may hold what Python's splitlines takes for the end of a line.
-    for line in filter(None, text.split("\n")):
-        entry = json.loads(line)
-        if entry.get("split", "train") == split:
-            stored_in = folder / entry.get("codes", f"codes/{entry['id']}.npz")
-            with np.load(stored_in, allow_pickle=False) as stored:
-                codes = stored["codes"]
-            songs.append(CodedSong(codes, entry.get("tags", ""), entry.get("lyrics", ""), entry))
-    if not songs:
-        raise KhalaError(f"{folder} holds no songs of the split {split}.")
-    return songs
+    try:
+        # Lyrics may hold what Python's splitlines takes for the end of a line.
+        entries = [json.loads(line) for line in text.split("\n") if line]
+        return [entry for entry in entries if entry.get("split", "train") == split]
+    except (ValueError, AttributeError) as error:
+        raise KhalaError(f"{index} is damaged; prepare the songs again.") from error

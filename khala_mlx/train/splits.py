@@ -19,9 +19,7 @@ def draw_splits(
     and of the songs without one are held out. `before` holds the splits that sounds had earlier:
     they stay. Two songs or more leave no split empty.
     """
-    groups = [f"artist {artist.strip().casefold()}" if artist.strip() else s for artist, s in songs]
-    if len(set(groups)) == 1:
-        groups = [sound for _, sound in songs]
+    groups = groups_of(songs)
     places = {group: _place(group, seed) for group in groups}
     kept = _kept(groups, [sound for _, sound in songs], before)
     splits = {group: VALID if place < share else TRAIN for group, place in places.items()} | kept
@@ -31,6 +29,15 @@ def draw_splits(
         if len(splits) > 1 and split not in splits.values():
             splits[first(movable, key=lambda group: places[group])] = split
     return [splits[group] for group in groups]
+
+
+def groups_of(songs: Sequence[tuple[str, str]]) -> list[str]:
+    """What each song, given as its artist ("" if unknown) and its sound's hash, goes together with.
+
+    That is its artist; or the song alone, without one, or where all are of one artist.
+    """
+    groups = [f"artist {artist.strip().casefold()}" if artist.strip() else s for artist, s in songs]
+    return groups if len(set(groups)) > 1 else [sound for _, sound in songs]
 
 
 def _kept(
