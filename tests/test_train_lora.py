@@ -180,6 +180,33 @@ def test_batches_are_a_function_of_the_step(tiny_folder: Path, data: Path) -> No
     assert drawn[0].seed == drawn[1].seed != drawn[2].seed
 
 
+def test_old_songs_are_mixed_in(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """As often as asked for; without a share the draws are what they were."""
+    old = write_songs(tmp_path / "old", [30, 30, 30], held_out=1, seed=1)
+    model = Backbone(CONFIG.backbone, CONFIG.tokens)
+
+    def lengths(share: float, replay: Path | None) -> list[int]:
+        chosen = plan(tiny_folder, data, settings(replay_share=share, accumulate=50), replay)
+        task = LoraTask(model, chosen.settings, chosen.train, [], chosen.replay)
+        return [each.inputs.shape[1] for each in task.batch(np.random.default_rng(0), 0)]
+
+    new = set(lengths(0.0, None))
+    assert lengths(0.0, None) == lengths(0.5, None)
+    mixed = lengths(0.4, old)
+    # Their rows are the longest.
+    assert max(mixed) > max(new)
+    assert 10 <= mixed.count(max(mixed)) <= 30
+    chosen = plan(tiny_folder, data, settings(replay_share=0.4), old)
+    assert chosen.forecast.total > plan(tiny_folder, data, settings()).forecast.total
+
+
+def test_other_songs_are_not_gone_on_with(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    train_lora(plan(tiny_folder, data, settings({"steps": 1})), tmp_path / "run")
+    other = write_songs(tmp_path / "other", [9, 12, 20, 9, 12, 9, 20], held_out=2, seed=5)
+    with pytest.raises(KhalaError, match="other settings or songs"):
+        train_lora(plan(tiny_folder, other, settings({"steps": 1})), tmp_path / "run", resume=True)
+
+
 def test_only_the_adapter_learns(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     base = dict(tree_flatten(Khala.from_pretrained(tiny_folder).backbone.parameters()))
     chosen = plan(tiny_folder, data, settings())
@@ -323,6 +350,7 @@ def test_data_that_does_not_go_with_the_model(
     [
         ({"rank": 0}, "rank has to be above 0"),
         ({"dropout": 1.0}, "dropout has to lie"),
+        ({"replay_share": 1.0}, "replay_share has to lie"),
         ({"layers": -1}, "layers has to be 0 or above"),
         ({"modules": ("q_proj", "lm_head")}, "modules are q_proj, .*, not lm_head"),
         ({"modules": ()}, "each linear layer once"),

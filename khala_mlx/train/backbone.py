@@ -71,7 +71,7 @@ class BackboneTask:
         return mx.array(padded([each.coarse_sequence(self.layout) for each in examples]))
 
 
-def by_length(examples: list[Example], layout: TokenLayout) -> list[list[Example]]:
+def by_length(examples: Sequence[Example], layout: TokenLayout) -> list[list[Example]]:
     """Songs whose sequences are padded alike."""
     groups: dict[int, list[Example]] = defaultdict(list)
     for example in examples:

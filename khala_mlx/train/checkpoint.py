@@ -63,7 +63,7 @@ def load(
     except (RuntimeError, ValueError) as error:
         raise WeightsError(f"{path} is no whole checkpoint.") from error
     if json.loads(about["settings"]) != json.loads(json.dumps(settings)):
-        raise WeightsError(f"{path} was made with other settings; resume with the same ones.")
+        raise WeightsError(f"{path} was made with other settings or songs; resume with the same.")
     parts: dict[str, dict[str, mx.array]] = {"model": {}, "optimizer": {}, "state": {}}
     for name, array in arrays.items():
         part, rest = name.split(".", 1)

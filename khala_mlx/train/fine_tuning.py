@@ -14,18 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_unflatten
 
 from khala_mlx.adapter import WEIGHTS, backbone_id
 from khala_mlx.backbone import Backbone
 from khala_mlx.config import KhalaConfig
 from khala_mlx.errors import KhalaError, KhalaWarning
-from khala_mlx.tokenizer import Tokenizer
-from khala_mlx.train.data import read_coded
+from khala_mlx.train.data import holds
 from khala_mlx.train.forecast import Forecast, Machine, forecast, weight_bytes
 from khala_mlx.train.loop import LOG, entries
 from khala_mlx.train.lora import LoraRun, LoraTask, add_lora
-from khala_mlx.train.sequences import Example, examples_of, padded
+from khala_mlx.train.prepared import read_prepared
+from khala_mlx.train.processes import Processes
+from khala_mlx.train.sequences import Example, padded
 from khala_mlx.train.settings import LoraTraining
 from khala_mlx.weights import CPU_UNPACKED_BYTES, find_model, load_part, working_dtype
 
@@ -43,6 +45,7 @@ class Plan:
     settings: LoraTraining
     train: list[Example]
     valid: list[Example]
+    replay: list[Example]
     machine: Machine
 
     @property
@@ -52,18 +55,22 @@ class Plan:
 
     def forecast_with(self, settings: LoraTraining) -> Forecast:
         """The same with other settings, on songs as long as these."""
-        lengths = Counter(
-            padded([example.coarse_sequence(self.config.tokens)]).shape[1] - 1
-            for example in self.train
-        )
-        most = settings.schedule.batch_size
-        shapes = [(min(most, count), length) for length, count in lengths.items()]
+        most, tokens = settings.schedule.batch_size, self.config.tokens
+        shapes = []
+        # A batch is all of the one or all of the other.
+        for examples in (self.train, self.replay):
+            lengths = Counter(
+                padded([example.coarse_sequence(tokens)]).shape[1] - 1 for example in examples
+            )
+            shapes += [(min(most, count), length) for length, count in lengths.items()]
         each = [forecast(self.config, settings, shape, self.machine) for shape in shapes]
         return max(each, key=lambda one: one.total)
 
 
-def plan(model: str | Path, data: Path, settings: LoraTraining) -> Plan:
+def plan(model: str | Path, data: Path, settings: LoraTraining, replay: Path | None = None) -> Plan:
     """Read the model's config and the prepared songs; cut these as generation's window wants it.
+
+    The songs for training in `replay` are mixed in, as many as `settings` say.
 
     Raises:
         KhalaError: if one cannot be read, or they do not fit together.
@@ -81,7 +88,11 @@ def plan(model: str | Path, data: Path, settings: LoraTraining) -> Plan:
     if settings.dora and odd and not machine.unpacked:
         raise KhalaError("DoRA needs a model that is packed to 4 or 8 bits, or not at all.")
     train, valid = _songs(source, config, data, settings)
-    return Plan(source, config, settings, train, valid, machine)
+    old: list[Example] = []
+    if replay is not None:
+        seconds = settings.max_seconds
+        old = read_prepared(source, config, replay, "train", max_seconds=seconds).examples
+    return Plan(source, config, settings, train, valid, old, machine)
 
 
 def check_memory(plan: Plan, limit: float | None = None) -> None:
@@ -105,27 +116,36 @@ def train_lora(
     folder: Path,
     *,
     resume: bool = False,
+    processes: Processes | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """Train as planned; adapters.safetensors and adapter_config.json go into `folder`.
 
-    Beside them lie the checkpoint, log.jsonl and loss.png.
+    Beside them lie the checkpoint, log.jsonl and loss.png. Of several `processes`, which share the
+    batches of a step, the one that leads writes all of it, and returns all figures.
 
     Returns:
         Held-out nats per audio token before (`loss_before`) and after (`loss`), where there are
         held-out songs; `steps` made, and `peak_bytes` of memory.
     """
-    if not resume and (folder / WEIGHTS).exists():
-        raise KhalaError(f"{folder} holds an adapter already; choose another folder, or --resume.")
+    processes = processes or Processes()
     settings, config = plan.settings, plan.config
+    if processes.leads and not resume and (folder / WEIGHTS).exists():
+        raise KhalaError(f"{folder} holds an adapter already; choose another folder, or --resume.")
+    if settings.accumulate < processes.size:
+        raise KhalaError(
+            f"{processes.size} processes share the batches of a step, which are "
+            f"{settings.accumulate}: take --grad-accumulation {processes.size} or more."
+        )
+    base = _base(plan)
+    told = {**settings.to_dict(), "base": base["backbone"], "songs": _songs_id(plan)}
+    processes.agree(json.dumps(told, sort_keys=True), "model, songs and settings")
     dtype = getattr(mx, working_dtype(config))
     model = load_part(
         Backbone(config.backbone, config.tokens), plan.source, "backbone", config, dtype
     )
     add_lora(model, settings)
-    task: Any = LoraTask(model, settings, plan.train, plan.valid)
-    base = _base(plan)
-    told = {**settings.to_dict(), "base": base["backbone"]}
+    task: Any = LoraTask(model, settings, plan.train, plan.valid, plan.replay, processes)
     run = LoraRun(task, settings.schedule, told, folder, base)
     with _small_cache():
         mx.reset_peak_memory()
@@ -134,6 +154,8 @@ def train_lora(
         model.update(tree_unflatten(list(run.adapter().items())))
         figures = task.validate()
         peak = mx.get_peak_memory()
+    if not processes.leads:
+        return figures
     log = entries(folder / LOG)
     before = {"loss_before": log[0]["valid_loss"]} if "valid_loss" in log[0] else {}
     return {**before, **figures, "steps": log[-1]["step"], "peak_bytes": peak}
@@ -150,48 +172,19 @@ def device_bytes() -> int:
 def _songs(
     source: Path, config: KhalaConfig, data: Path, settings: LoraTraining
 ) -> tuple[list[Example], list[Example]]:
-    layout, tokenizer = config.tokens, Tokenizer.from_file(source / "tokenizer.json")
-    tokenizer.check(layout)
-    _check_tokenizer(source / "tokenizer.json", data / "tokenizer.json")
-    most = int(settings.max_seconds * config.codec.frame_rate)
-    if settings.max_seconds and not most:
-        raise KhalaError(f"{settings.max_seconds} seconds are less than one frame.")
-
-    def room(backbone: int, _: int) -> int:
-        # One token is kept for the end of the song.
-        fits = (config.backbone.context - backbone - 1) // layout.num_coarse
-        return min(fits, most) if most else fits
-
-    songs = read_coded(data, "train")
-    try:
-        held_out = read_coded(data, "valid")
-    except KhalaError:
-        # A single song leaves none to hold out.
-        held_out = []
-    for song in (*songs, *held_out):
-        if song.codes.shape[0] < layout.num_coarse or song.codes.max() >= layout.codebook_size:
-            raise KhalaError(f"{data} was prepared with another codec; prepare it with the model.")
-    if not held_out:
-        if settings.patience:
-            raise KhalaError(f"{data} holds out no songs to stop by; leave patience at 0.")
-        warnings.warn(
-            f"{data} holds out no songs: nothing will tell whether these are learnt by heart.",
-            KhalaWarning,
-            stacklevel=2,
-        )
-    train, valid = (examples_of(each, layout, tokenizer, room) for each in (songs, held_out))
-    return train, valid
-
-
-def _check_tokenizer(ours: Path, theirs: Path) -> None:
-    try:
-        same = json.loads(ours.read_text("utf-8")) == json.loads(theirs.read_text("utf-8"))
-    except OSError as error:
-        raise KhalaError(f"{theirs} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise KhalaError(f"{theirs} is no valid JSON.") from error
-    if not same:
-        raise KhalaError(f"{theirs} is not the model's; prepare the songs with the model.")
+    train = read_prepared(source, config, data, "train", max_seconds=settings.max_seconds)
+    if holds(data, "valid"):
+        held_out = read_prepared(source, config, data, "valid", max_seconds=settings.max_seconds)
+        return train.examples, held_out.examples
+    # A single song leaves none to hold out.
+    if settings.patience:
+        raise KhalaError(f"{data} holds out no songs to stop by; leave patience at 0.")
+    warnings.warn(
+        f"{data} holds out no songs: nothing will tell whether these are learnt by heart.",
+        KhalaWarning,
+        stacklevel=2,
+    )
+    return train.examples, []
 
 
 def _machine(config: KhalaConfig) -> Machine:
@@ -199,6 +192,16 @@ def _machine(config: KhalaConfig) -> Machine:
     machine = Machine(4 if working_dtype(config) == "float32" else 2, on_cpu)
     unpacked = dataclasses.replace(machine, unpacked=True)
     return unpacked if on_cpu and weight_bytes(config, unpacked) <= CPU_UNPACKED_BYTES else machine
+
+
+def _songs_id(plan: Plan) -> str:
+    digest = hashlib.sha256()
+    for examples in (plan.train, plan.valid, plan.replay):
+        digest.update(f"{len(examples)}".encode())
+        for example in examples:
+            sequence = example.coarse_sequence(plan.config.tokens)
+            digest.update(np.array([len(sequence), *sequence], np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def _base(plan: Plan) -> dict[str, Any]:
@@ -238,8 +241,9 @@ def _remedy(plan: Plan, limit: float) -> str:
 def _seconds(plan: Plan, settings: LoraTraining, limit: float) -> int:
     """The most whole seconds of sound that fit behind the longest prompt; 0 if none do."""
     layout, rate = plan.config.tokens, plan.config.codec.frame_rate
-    prompt = max(len(example.backbone_prompt) for example in plan.train)
-    longest = max(example.codes.shape[1] for example in plan.train)
+    songs = (*plan.train, *plan.replay)
+    prompt = max(len(example.backbone_prompt) for example in songs)
+    longest = max(example.codes.shape[1] for example in songs)
     for seconds in range(int(longest / rate), 0, -1):
         # 32 is what rows are padded to.
         tokens = prompt + layout.num_coarse * int(seconds * rate) + 32

@@ -95,7 +95,7 @@ class Run:
                 last = self.enough(figures) or last
             entry["seconds"] = round(time.perf_counter() - began, 4)
             self._log(entry)
-            if self.schedule.keep_every and done % self.schedule.keep_every == 0:
+            if self.writes and self.schedule.keep_every and done % self.schedule.keep_every == 0:
                 save_weights(self.folder / f"weights-{done:06d}.safetensors", self.task.model)
             if done % self.schedule.checkpoint_every == 0 or last:
                 self._save(done, optimizer)
@@ -103,8 +103,14 @@ class Run:
                 on_progress(done, self.schedule.steps)
             if last:
                 break
-        plot_losses(self.folder / LOG, self.folder / "loss.png")
+        if self.writes:
+            plot_losses(self.folder / LOG, self.folder / "loss.png")
         return figures
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process keeps the run's files; of several that train together one does."""
+        return True
 
     def value_and_grad(self) -> Callable[[Any], Any]:
         """What turns a batch into ((loss, parts), gradients)."""
@@ -121,23 +127,28 @@ class Run:
     def _start(self, optimizer: optim.Optimizer, resume: bool) -> int:
         log = self.folder / LOG
         if not resume:
-            if log.exists() or (self.folder / checkpoint.FILE).exists():
+            if self.writes and (log.exists() or (self.folder / checkpoint.FILE).exists()):
                 raise KhalaError(f"{self.folder} holds a run already; go on with --resume.")
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._save(0, optimizer)
             return 0
         step, self.task.state = checkpoint.load(
             self.folder, self.task.model, self.learnt(), optimizer, self.settings
         )
-        # Lines behind the checkpoint belong to steps that will be made again.
-        kept = [entry for entry in entries(log) if entry["step"] <= step]
-        log.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept), encoding="utf-8")
+        if self.writes:
+            # Lines behind the checkpoint belong to steps that will be made again.
+            kept = [entry for entry in entries(log) if entry["step"] <= step]
+            log.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept), encoding="utf-8")
         return step
 
     def _save(self, step: int, optimizer: optim.Optimizer) -> None:
+        if not self.writes:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save(self.folder, step, self.learnt(), optimizer, self.task.state, self.settings)
 
     def _log(self, entry: dict[str, float]) -> None:
+        if not self.writes:
+            return
         with (self.folder / LOG).open("a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
 

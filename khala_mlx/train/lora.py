@@ -20,6 +20,7 @@ from khala_mlx.cache import file_limit_kept
 from khala_mlx.train.audio_nats import Targets, hidden_states, summed_nats, targets_of
 from khala_mlx.train.backbone import by_length, drawn
 from khala_mlx.train.loop import LOG, Run, entries
+from khala_mlx.train.processes import Processes
 from khala_mlx.train.sequences import Example, padded
 from khala_mlx.train.settings import LoraTraining
 
@@ -68,26 +69,40 @@ class Batch:
 class LoraTask:
     """Batches of songs of about one length, several to a step (see loop.Task).
 
-    Without songs in `valid` nothing is validated.
+    Without songs in `valid` nothing is validated; those in `replay` are mixed in, so that they are
+    not forgotten. Of several processes each takes its part of the batches.
     """
 
     def __init__(
-        self, model: Backbone, settings: LoraTraining, train: list[Example], valid: list[Example]
+        self,
+        model: Backbone,
+        settings: LoraTraining,
+        train: list[Example],
+        valid: list[Example],
+        replay: Sequence[Example] = (),
+        processes: Processes | None = None,
     ) -> None:
         self.model, self.settings, self.valid = model, settings, valid
         self.groups = by_length(train, model.layout)
+        self.replayed = by_length(replay, model.layout)
+        self.processes = processes or Processes()
         self.state: dict[str, mx.array] = {}
 
     def batch(self, rng: np.random.Generator, step: int) -> list[Batch]:
-        size = self.settings.schedule.batch_size
-        songs = [drawn(self.groups, rng, size) for _ in range(self.settings.accumulate)]
+        songs = [self._drawn(rng) for _ in range(self.settings.accumulate)]
         rows = [self._rows(each) for each in songs]
         targets = [self._targets(each) for each in rows]
         share = 1 / sum(_count(each) for each in targets)
-        return [
+        batches = [
             Batch(mx.array(tokens[:, :-1]), wanted, share, int(rng.integers(2**31)))
             for tokens, wanted in zip(rows, targets, strict=True)
         ]
+        return batches[self.processes.part]
+
+    def _drawn(self, rng: np.random.Generator) -> list[Example]:
+        mixed_in = self.replayed and rng.random() < self.settings.replay_share
+        groups = self.replayed if mixed_in else self.groups
+        return drawn(groups, rng, self.settings.schedule.batch_size)
 
     def loss(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
         """The batch's part in the mean nats per audio token of its step."""
@@ -106,7 +121,7 @@ class LoraTask:
         """Nats per audio token on the held-out songs."""
         size, total, count = self.settings.schedule.batch_size, 0.0, 0
         self.model.eval()
-        for start in range(0, len(self.valid), size):
+        for start in range(0, len(self.valid), size)[self.processes.part]:
             rows = self._rows(self.valid[start : start + size])
             targets = self._targets(rows)
             hidden = self.model.hidden(mx.array(rows[:, :-1]))
@@ -115,7 +130,10 @@ class LoraTask:
         self.model.train()
         # Held-out songs have lengths of their own, whose buffers training would not take up.
         mx.clear_cache()
-        return {"loss": total / count} if count else {}
+        if not self.valid:
+            return {}
+        sums = self.processes.summed({"nats": mx.array(total), "tokens": mx.array(float(count))})
+        return {"loss": sums["nats"].item() / sums["tokens"].item()}
 
     def _rows(self, examples: Sequence[Example]) -> np.ndarray:
         return padded([each.coarse_sequence(self.model.layout) for each in examples])
@@ -141,6 +159,17 @@ class LoraRun(Run):
         settings: LoraTraining = self.task.settings  # type: ignore[attr-defined]
         return settings
 
+    @property
+    def processes(self) -> Processes:
+        """Those that train together."""
+        processes: Processes = self.task.processes  # type: ignore[attr-defined]
+        return processes
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process leads."""
+        return self.processes.leads
+
     def value_and_grad(self) -> Callable[[Any], Any]:
         """The gradients of a step's batches, added up one after the other."""
         model = self.task.model
@@ -156,6 +185,7 @@ class LoraRun(Run):
                 mx.eval(total, gradients)
                 # What was traced stays in the model otherwise, with all it was made from.
                 model.update(weights)
+            total, gradients = self.processes.summed((total, gradients))
             return (total, {}), gradients
 
         return descend
@@ -188,6 +218,8 @@ class LoraRun(Run):
 
     def _start(self, optimizer: optim.Optimizer, resume: bool) -> int:
         step = super()._start(optimizer, resume)
+        self.processes.agree(f"{step}", "checkpoint: OUT has to be one folder that all see")
+        self.task.model.update(self.processes.from_leader(self.learnt()))
         if step == 0:
             figures = self.task.validate()
             self.enough(figures)
@@ -201,6 +233,8 @@ class LoraRun(Run):
         return patience > 0 and int(self.task.state.get("stale", 0)) >= patience
 
     def _save(self, step: int, optimizer: optim.Optimizer) -> None:
+        if not self.writes:
+            return
         super()._save(step, optimizer)
         about = {
             "fine_tune_type": "dora" if self.how.dora else "lora",

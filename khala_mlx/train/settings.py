@@ -169,6 +169,7 @@ class LoraTraining(Strict):
         accumulate: batches whose gradients make one step.
         whole_vocabulary: predict from every token instead of those that can follow.
         max_seconds: songs are cut to so much sound; 0 is what fits the trained window.
+        replay_share: of the batches that are drawn from songs which are not to be forgotten.
         patience: validations without a better loss after which to stop, with the best adapter;
             0 never stops and keeps the last one.
     """
@@ -184,6 +185,7 @@ class LoraTraining(Strict):
     accumulate: int = 1
     whole_vocabulary: bool = False
     max_seconds: float = 0.0
+    replay_share: float = 0.0
     patience: int = 0
 
     def __post_init__(self) -> None:
@@ -193,8 +195,9 @@ class LoraTraining(Strict):
         for name in ("layers", "max_seconds", "patience"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"lora: {name} has to be 0 or above.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError("lora: dropout has to lie in 0 to below 1.")
+        for name in ("dropout", "replay_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"lora: {name} has to lie in 0 to below 1.")
         if unknown := [name for name in self.modules if name not in LINEARS]:
             raise ConfigError(f"lora: modules are {', '.join(LINEARS)}, not {', '.join(unknown)}.")
         if not self.modules or len(set(self.modules)) < len(self.modules):

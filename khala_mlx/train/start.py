@@ -57,8 +57,9 @@ def start_linear(linear: nn.Linear, x: mx.array, y: mx.array) -> None:
     wanted = np.array(y, dtype=np.float64).reshape(-1, y.shape[-1])
     centre, mean = rows.mean(axis=0), wanted.mean(axis=0)
     rows = rows - centre
-    square = rows.T @ rows + _RIDGE * len(rows) * np.eye(rows.shape[1])
-    matrix = np.linalg.solve(square, rows.T @ (wanted - mean))
+    # Sums in one order, whatever the threads of a BLAS are doing: runs start alike to the last bit.
+    square = np.einsum("ni,nj->ij", rows, rows) + _RIDGE * len(rows) * np.eye(rows.shape[1])
+    matrix = np.linalg.solve(square, np.einsum("ni,no->io", rows, wanted - mean))
     linear.weight = mx.array(matrix.T.astype(np.float32))
     linear.bias = mx.array((mean - centre @ matrix).astype(np.float32))
 
