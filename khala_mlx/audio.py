@@ -107,28 +107,41 @@ def write_audio(
 
     `tags` are texts by name, of tags.NAMES; a KhalaWarning names those the file cannot hold.
     """
-    import soundfile
-
     check_output(path, bit_depth)
     check_waveform(waveform)
-    subtype = _SUBTYPES[path.suffix.lower()][bit_depth]
     with appears_whole(path, overwrite=overwrite) as temporary:
-        try:
-            with soundfile.SoundFile(
-                temporary, "w", sample_rate, waveform.shape[1], subtype=subtype
-            ) as file:
-                for name, text in tagging.plain(path, tags or {}).items():
-                    setattr(file, name, text)
-                for start in range(0, len(waveform), _BLOCK):
-                    file.write(waveform[start : start + _BLOCK])
-            # Encoders of lossy formats say nothing when the disk is full.
-            written = soundfile.info(temporary).frames
-        except soundfile.SoundFileError as error:
-            raise AudioError(f"{path} cannot be written: {_write_reason(error)}.") from error
-        if abs(written - len(waveform)) > _CODEC_DELAY:
-            raise AudioError(f"{path} cannot be written whole: the disk seems full.")
-        if missing := tagging.write(temporary, tags or {}):
-            _tell_missing_tags(path, missing)
+        encode_audio(temporary, path, waveform, sample_rate, bit_depth=bit_depth, tags=tags)
+
+
+def encode_audio(
+    temporary: Path,
+    path: Path,
+    waveform: np.ndarray,
+    sample_rate: int,
+    *,
+    bit_depth: str = "16",
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Write checked samples to a `temporary` file that is to become `path`; see `write_audio`."""
+    import soundfile
+
+    subtype = _SUBTYPES[path.suffix.lower()][bit_depth]
+    try:
+        with soundfile.SoundFile(
+            temporary, "w", sample_rate, waveform.shape[1], subtype=subtype
+        ) as file:
+            for name, text in tagging.plain(path, tags or {}).items():
+                setattr(file, name, text)
+            for start in range(0, len(waveform), _BLOCK):
+                file.write(waveform[start : start + _BLOCK])
+        # Encoders of lossy formats say nothing when the disk is full.
+        written = soundfile.info(temporary).frames
+    except soundfile.SoundFileError as error:
+        raise AudioError(f"{path} cannot be written: {_write_reason(error)}.") from error
+    if abs(written - len(waveform)) > _CODEC_DELAY:
+        raise AudioError(f"{path} cannot be written whole: the disk seems full.")
+    if missing := tagging.write(temporary, tags or {}):
+        _tell_missing_tags(path, missing)
 
 
 def _tell_missing_tags(path: Path, missing: list[str]) -> None:

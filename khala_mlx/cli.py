@@ -6,23 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
-from khala_mlx.options import (
-    FILE,
-    FINISH,
-    finish_options,
-    json_option,
-    model_option,
-    tag_options,
-)
+from khala_mlx.generate_command import generate
+from khala_mlx.options import FILE, finish_options, json_option, model_option
+from khala_mlx.take_commands import refine, render
 from khala_mlx.terminal import OneLineErrors, Progress, command, report
 from khala_mlx.train.commands import train
 
 LICENCE_NOTE = (
     "The released Khala weights are under CC BY-NC 4.0: no commercial use; name their authors."
 )
-TEXT_MODES = click.Choice(["same_as_backbone", "same_as_backbone_no_description", "separate"])
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -36,100 +29,8 @@ def main() -> None:
     """
 
 
-main.add_command(train)
-
-
-@main.command()
-@click.option("--tags", default="", help='For example "pop, female vocal, 120 bpm".')
-@click.option("--description", default="", help="A sentence; it takes the place of the tags.")
-@click.option("--genre", default="", help="Used where there are neither tags nor description.")
-@click.option("--lyrics", default="", help="The words, with section marks such as [Verse 1].")
-@click.option(
-    "--lyrics-file", type=click.File(encoding="utf-8-sig"), help="Words from a file, - for stdin."
-)
-@click.option("--instrumental", is_flag=True, help="No voice.")
-@click.option("--language", default="", help="Only read by the text mode `separate`.")
-@click.option(
-    "--minutes",
-    type=int,
-    default=1,
-    show_default=True,
-    help="What the prompt tells the model, 1-10.",
-)
-@click.option(
-    "--seconds", type=float, help="Longest song.  [default: --minutes and 0.8 minutes more]"
-)
-@click.option("--min-seconds", type=float, default=0.0, help="The song cannot end before.")
-@click.option("--seed", type=int, help="The same seed gives the same song.  [default: drawn]")
-@click.option("--temperature", type=float, default=1.0, show_default=True)
-@click.option("--top-k", type=int, default=50, show_default=True, help="1 is greedy.")
-@click.option("--refine-top-k", type=int, default=10, show_default=True)
-@click.option(
-    "--text-mode", type=TEXT_MODES, default="same_as_backbone_no_description", show_default=True
-)
-@click.option(
-    "--truncate-lyrics", is_flag=True, help="Cut a prompt that is too long instead of refusing it."
-)
-@click.option(
-    "--reachable-only/--whole-vocabulary",
-    default=True,
-    show_default=True,
-    help="Draw from the tokens that can follow, or from all as upstream does.",
-)
-@click.option("--like", type=FILE, help="Take all that is not given here from a song or song.json.")
-@model_option
-@click.option(
-    "--adapter", "adapters", type=FILE, multiple=True, help="What a model was taught; repeatable."
-)
-@click.option(
-    "--adapter-scale",
-    "adapter_scales",
-    type=float,
-    multiple=True,
-    help="How strongly each adapter works.  [default: 1]",
-)
-@click.option("--output", "-o", type=FILE, help="wav, flac, ogg or mp3.  [default: song.wav]")
-@tag_options
-@finish_options
-@click.option("--play", is_flag=True, help="Play the song when it is written.")
-@click.option("--dry-run", is_flag=True, help="Show the prompt and what fits; load nothing.")
-@json_option
-@command
-def generate(**options: Any) -> None:
-    """Make a song from tags and lyrics."""
-    from khala_mlx.audio import check_output
-    from khala_mlx.finish import Finish
-    from khala_mlx.pipeline import Khala
-    from khala_mlx.song import check_free, warn_other_adapters, warn_other_model
-
-    output = options["output"] or _free_name()
-    finish = {name: options[name] for name in FINISH}
-    check_output(output, Finish(**finish).bit_depth)
-    check_free(output)
-    request = _request(options)
-    khala = Khala.from_pretrained(options["model"], keep_loaded=False)
-    _load_adapters(khala, options["adapters"], options["adapter_scales"])
-    if options["like"]:
-        warn_other_model(options["like"], khala.identity)
-        warn_other_adapters(options["like"], khala.adapters)
-    if options["dry_run"]:
-        report(khala.plan(request), options["as_json"])
-        return
-    song = khala.fulfil(request, Progress())
-    song.save(output, **finish, title=options["title"], artist=options["artist"])
-    taken = sum(song.metadata["timings"].values())
-    report(
-        {
-            "file": str(output),
-            "seconds": round(song.duration, 2),
-            "seed": request.seed,
-            "taken_seconds": round(taken, 1),
-            "licence": khala.config.licence,
-        },
-        options["as_json"],
-    )
-    if options["play"]:
-        song.play()
+for each in (generate, refine, render, train):
+    main.add_command(each)
 
 
 @main.command()
@@ -293,66 +194,6 @@ def _summary(told: dict[str, Any]) -> dict[str, Any]:
         if unused:
             lines[f"unused in {name}"] = len(unused)
     return lines
-
-
-def _request(options: dict[str, Any]) -> Any:
-    """The request of the options, over that of --like where an option was not given."""
-    import dataclasses
-    import secrets
-
-    from khala_mlx.song import Request
-
-    if options["lyrics_file"] is not None:
-        if options["lyrics"]:
-            raise click.UsageError("--lyrics and --lyrics-file exclude each other.")
-        options["lyrics"] = _read_lyrics(options["lyrics_file"])
-    base = Request.from_sidecar(options["like"]) if options["like"] else Request()
-    names = {field.name for field in dataclasses.fields(Request)}
-    given = {
-        name: value
-        for name, value in options.items()
-        if name in names and (options["like"] is None or _given(name))
-    }
-    if given.get("seed", 0) is None:
-        given["seed"] = secrets.randbelow(2**32)
-    return dataclasses.replace(base, **given)
-
-
-def _load_adapters(khala: Any, paths: tuple[Path, ...], scales: tuple[float, ...]) -> None:
-    if not paths and not scales:
-        return
-    from khala_mlx.convert import read_adapter
-
-    khala.load_adapters([read_adapter(path) for path in paths], scales or None)
-
-
-def _given(name: str) -> bool:
-    ctx = click.get_current_context()
-    default = ParameterSource.DEFAULT
-    if name == "lyrics" and ctx.get_parameter_source("lyrics_file") != default:
-        return True
-    return ctx.get_parameter_source(name) != default
-
-
-def _read_lyrics(file: Any) -> str:
-    from khala_mlx.errors import PromptError
-
-    try:
-        text: str = file.read()
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{file.name} is no UTF-8 text.") from error
-    return text
-
-
-def _free_name() -> Path:
-    """song.wav, or the first of song-2.wav, song-3.wav, ... that is free."""
-    from khala_mlx.song import sidecar_path, take_path
-
-    number, path = 1, Path("song.wav")
-    while any(p.exists() for p in (path, sidecar_path(path), take_path(path))):
-        number += 1
-        path = Path(f"song-{number}.wav")
-    return path
 
 
 def _stage(name: str) -> Any:

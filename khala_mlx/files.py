@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
+import re
 import shutil
+import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,6 +18,9 @@ from khala_mlx.errors import KhalaError
 
 _unfinished: set[Path] = set()
 _lock = threading.Lock()
+# Other machines may write to the same folder, and only this one's processes can be asked after.
+_HOST = hashlib.sha256(socket.gethostname().split(".")[0].encode()).hexdigest()[:6]
+_TEMPORARY = re.compile(rf"\..*\.khala-{_HOST}-(\d+)(\..*)?")
 
 
 @contextmanager
@@ -23,22 +30,27 @@ def appears_whole(
     """Yield a temporary path beside `destination`; rename it when the block ends well.
 
     The temporary file keeps the suffix of the destination, so that writers that choose a format
-    by suffix work. When the block raises, the temporary path is removed.
+    by suffix work. It reaches the disk before it is renamed, so that not even a power cut leaves
+    half of it. When the block raises, the temporary path is removed, and so are those that killed
+    processes left in the same folder.
 
     Raises:
         KhalaError: if the destination exists (and `overwrite` is false) or cannot be written.
     """
     if not overwrite:
         check_absent(destination)
-    temporary = destination.with_name(f".{destination.stem}.{os.getpid()}{destination.suffix}")
+    name = f".{destination.stem}.khala-{_HOST}-{os.getpid()}{destination.suffix}"
+    temporary = destination.with_name(name)
     with _lock:
-        _unfinished.add(temporary)
+        _unfinished.add(temporary.absolute())
     try:
         if folder:
             temporary.mkdir(parents=True)
         else:
             temporary.parent.mkdir(parents=True, exist_ok=True)
+        sweep(temporary.parent)
         yield temporary
+        _flush(temporary)
         _rename(temporary, destination, overwrite)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -51,7 +63,29 @@ def appears_whole(
     finally:
         _remove(temporary)
         with _lock:
-            _unfinished.discard(temporary)
+            _unfinished.discard(temporary.absolute())
+
+
+@contextmanager
+def provisional(path: Path) -> Iterator[Callable[[], None]]:
+    """Remove `path` when an error or Ctrl-C ends the block, unless what it yields was called."""
+
+    def settle() -> None:
+        with _lock:
+            _unfinished.discard(path.absolute())
+
+    with _lock:
+        _unfinished.add(path.absolute())
+    try:
+        yield settle
+    except BaseException:
+        with _lock:
+            unsettled = path.absolute() in _unfinished
+        if unsettled:
+            _remove(path)
+        raise
+    finally:
+        settle()
 
 
 def discard_unfinished() -> None:
@@ -60,6 +94,15 @@ def discard_unfinished() -> None:
         paths = list(_unfinished)
     for path in paths:
         _remove(path)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary paths that processes of this machine left in `folder` when killed."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        found = [(entry.name, _TEMPORARY.fullmatch(entry.name)) for entry in entries]
+        for name, match in found:
+            if match and not _in_use(folder / name, int(match[1])):
+                _remove(folder / name)
 
 
 def check_absent(destination: Path) -> None:
@@ -74,9 +117,10 @@ def check_destination(destination: Path) -> None:
     try:
         with suppress(FileNotFoundError):
             destination.lstat()
-        ancestors = destination.absolute().parents
-        with tempfile.TemporaryFile(dir=next(each for each in ancestors if each.exists())):
+        folder = next(each for each in destination.absolute().parents if each.exists())
+        with tempfile.TemporaryFile(dir=folder):
             pass
+        sweep(folder)
     except OSError as error:
         raise KhalaError(f"{destination} cannot be written: {error.strerror}.") from error
 
@@ -86,6 +130,31 @@ def _rename(temporary: Path, destination: Path, overwrite: bool) -> None:
     if not overwrite:
         check_absent(destination)
     temporary.replace(destination)
+
+
+def _in_use(path: Path, process: int) -> bool:
+    if process == os.getpid():
+        with _lock:
+            return path.absolute() in _unfinished
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _flush(path: Path) -> None:
+    """Wait until what was written to a file, or to the files of a folder, is on the disk."""
+    for each in path.rglob("*") if path.is_dir() else (path,):
+        if each.is_file() and not each.is_symlink():
+            with each.open("rb") as file:
+                if hasattr(fcntl, "F_FULLFSYNC"):
+                    # On macOS fsync stops at the drive's own cache.
+                    fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+                else:
+                    os.fsync(file.fileno())
 
 
 def _remove(path: Path) -> None:

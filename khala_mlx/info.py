@@ -14,7 +14,8 @@ from khala_mlx.audio import load_codes, read_sound
 from khala_mlx.config import KhalaConfig
 from khala_mlx.errors import AudioError, KhalaError, WeightsError
 from khala_mlx.loudness import MOST_CHANNELS, levels
-from khala_mlx.song import Request, recorded, sidecar_path
+from khala_mlx.request import Request, recorded, sidecar_path
+from khala_mlx.take import Take
 from khala_mlx.weights import PARTS, part_files
 
 # No honest safetensors header is larger; the format's own reader has the same limit.
@@ -100,10 +101,10 @@ def _song(record: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _take(path: Path) -> dict[str, Any]:
-    shapes = {name: e["shape"] for name, e in _header(path).items() if name != "__metadata__"}
-    if "codes" not in shapes or len(shapes["codes"]) != 2:
-        raise KhalaError(f"{path} is no take, it has no codes.")
-    return {"kind": "take", "layers": shapes["codes"][0], "frames": shapes["codes"][1]}
+    take = Take.load(path)
+    told = {"kind": "take", "layers": take.layers, "of_layers": take.num_codebooks}
+    told |= {"frames": take.codes.shape[1], "whole": take.whole}
+    return told | _song(take.metadata, str(path))
 
 
 def _header(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import warnings
 
 from khala_mlx.config import KhalaConfig
 from khala_mlx.errors import KhalaError, KhalaWarning
-from khala_mlx.song import Request
+from khala_mlx.request import Request
 
 # Songs run past the minutes asked for; upstream's progress bar allows for 0.8 more.
 SPARE_MINUTES = 0.8

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 FILE = click.Path(path_type=Path)
 # The names of the options of `finish_options`, which are those of finish.Finish.
 FINISH = ("normalize", "loudness", "fade", "bit_depth")
+# What a take records of how its song is to be written, so that finishing it needs no options.
+OF_THE_FILE = (*FINISH, "title", "artist")
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -60,3 +63,49 @@ tag_options = together(
     click.option("--title", default="", help="For the file's tags.  [default: the prompt]"),
     click.option("--artist", default="", help="For the file's tags."),
 )
+output_option = click.option(
+    "--output", "-o", type=FILE, help="wav, flac, ogg or mp3.  [default: song.wav]"
+)
+play_option = click.option("--play", is_flag=True, help="Play the song when it is written.")
+adapter_options = together(
+    click.option(
+        "--adapter",
+        "adapters",
+        type=FILE,
+        multiple=True,
+        help="What a model was taught; repeatable.",
+    ),
+    click.option(
+        "--adapter-scale",
+        "adapter_scales",
+        type=float,
+        multiple=True,
+        help="How strongly each adapter works.  [default: 1]",
+    ),
+)
+
+
+def given(name: str) -> bool:
+    """Whether the option was set, by whatever means, instead of left to its default."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source not in (None, ParameterSource.DEFAULT)
+
+
+def typed(name: str) -> bool:
+    """Whether the option stands on this command line."""
+    return click.get_current_context().get_parameter_source(name) == ParameterSource.COMMANDLINE
+
+
+def recorded(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """`options` with what a take recorded for those of the file that are not set here.
+
+    Raises:
+        click.UsageError: if a recorded value is none the option can have.
+    """
+    context = click.get_current_context()
+    found = dict(options)
+    for parameter in context.command.params:
+        name = parameter.name
+        if name in OF_THE_FILE and name in values and not given(name):
+            found[name] = parameter.type_cast_value(context, values[name])
+    return found

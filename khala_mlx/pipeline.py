@@ -2,247 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from khala_mlx import tokens
-from khala_mlx.adapter import Adapter
 from khala_mlx.audio import SILENCE
-from khala_mlx.backbone import Backbone
-from khala_mlx.codec import Codec
-from khala_mlx.config import DTYPES, KhalaConfig
+from khala_mlx.clock import Progress, timed
 from khala_mlx.errors import KhalaError, KhalaWarning
-from khala_mlx.lengths import backbone_room, frame_budget, warn_window
-from khala_mlx.lora import Adapters
-from khala_mlx.prompt import Prompt, prompt_ids, prompt_texts
+from khala_mlx.lengths import frame_budget
+from khala_mlx.prompt import prompt_ids, prompt_texts
+from khala_mlx.request import Request
 from khala_mlx.sampling import check_sampling, stage_key
-from khala_mlx.song import SIDECAR_VERSION, Request, Song
-from khala_mlx.superres import SuperRes
-from khala_mlx.tokenizer import Tokenizer
-from khala_mlx.weights import find_model, load_part, working_dtype
+from khala_mlx.song import SIDECAR_VERSION, Song
+from khala_mlx.stages import Stages, check_seeds
+from khala_mlx.take import Take, check_same_song, no_codes
 
-Progress = Callable[[str, int, int], None]
-Loaded = TypeVar("Loaded", Backbone, SuperRes, Codec)
+OnTake = Callable[[Take], None]
+
+# Refined layers between two states of a take that are worth keeping.
+KEEP_EVERY = 8
 
 
-class Khala:
-    """Tokenizer, backbone, superres and codec of one model folder, each loaded when first used."""
-
-    def __init__(
-        self,
-        folder: Path,
-        config: KhalaConfig,
-        tokenizer: Tokenizer,
-        *,
-        dtype: str | None = None,
-        keep_loaded: bool = True,
-    ) -> None:
-        self.folder = folder
-        self.config = config
-        self.tokenizer = tokenizer
-        self.dtype = dtype or working_dtype(config)
-        self.keep_loaded = keep_loaded
-        self._parts: dict[str, Any] = {}
-        self._adapters = Adapters()
-
-    @classmethod
-    def from_pretrained(
-        cls, source: str | Path = "demo", *, dtype: str | None = None, keep_loaded: bool = True
-    ) -> Self:
-        """Open a model.
-
-        Args:
-            source: "demo" (the model in the box), a model folder, or a Hub repository that holds
-                one.
-            dtype: what the language models compute in, "bfloat16", "float16" or "float32"; by
-                default what they are stored in, on the CPU backend float32, since 16-bit
-                matrices are slower there by orders of magnitude. There, for the same reason, a
-                quantised model that takes at most 1 GiB in float32 is unpacked, whatever the
-                dtype. The codec is float32.
-            keep_loaded: keep every stage in memory for the next song. Without it `generate` frees
-                each stage when it is done, so that the largest, not the sum, has to fit.
-
-        Raises:
-            KhalaError: if there is no such model or it is damaged.
-        """
-        if dtype not in (None, *DTYPES):
-            raise KhalaError(f"dtype has to be one of {', '.join(DTYPES)}, got {dtype!r}.")
-        folder = find_model(source)
-        config = KhalaConfig.load(folder / "config.json")
-        tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
-        tokenizer.check(config.tokens)
-        return cls(folder, config, tokenizer, dtype=dtype, keep_loaded=keep_loaded)
-
-    @property
-    def backbone(self) -> Backbone:
-        """The backbone, loaded when first asked for, with the adapters of `load_adapters` on it."""
-        model = self._part("backbone", lambda c: Backbone(c.backbone, c.tokens))
-        self._adapters.enter(model)
-        return model
-
-    @property
-    def superres(self) -> SuperRes:
-        """The superres, loaded when first asked for."""
-        return self._part("superres", lambda c: SuperRes(c.superres, c.tokens))
-
-    @property
-    def codec(self) -> Codec:
-        """The codec, loaded when first asked for."""
-        return self._part("codec", lambda c: Codec(c.codec))
-
-    def load_adapters(
-        self, adapters: Sequence[str | Path | Adapter], scales: Sequence[float] | None = None
-    ) -> None:
-        """Put these adapters, and no others, on the backbone; none takes all off.
-
-        The base is neither loaded again nor changed: without adapters, or with scales of 0, it
-        gives what it gave before, bit by bit.
-
-        Args:
-            adapters: folders made by `khala train lora` (or mlx-lm), or what
-                `khala_mlx.convert.read_adapter` makes of other formats.
-            scales: how strongly each works, 1 as trained.
-
-        Raises:
-            KhalaError: if one cannot be read, or fits neither the layers nor the weights; what was
-                on the backbone before then stays.
-        """
-        self._adapters.choose(self.config, adapters, scales)
-
-    @property
-    def adapters(self) -> list[dict[str, Any]]:
-        """Name, sha256 and scale of each adapter of `load_adapters`."""
-        return self._adapters.told()
-
-    def release(self, part: str) -> None:
-        """Free the memory of "backbone", "superres" or "codec"; it is loaded again when needed."""
-        if part == "backbone":
-            self._adapters.leave()
-        self._parts.pop(part, None)
-        mx.clear_cache()
-
-    def prompt_ids(
-        self,
-        tags: str = "",
-        description: str = "",
-        genre: str = "",
-        lyrics: str = "",
-        instrumental: bool = False,
-        language: str = "",
-        minutes: int = 1,
-        text_mode: str = "same_as_backbone_no_description",
-        truncate_lyrics: bool = False,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of the backbone's and the superres prompt, int64 [P] each.
-
-        Raises:
-            PromptError: if the prompt is malformed, or too long and not `truncate_lyrics`.
-        """
-        asked = Prompt(tags, description, genre, lyrics, instrumental, language, minutes, text_mode)
-        return prompt_ids(self.tokenizer, self.config, asked, truncate=truncate_lyrics)
-
-    def compose(
-        self,
-        ids: np.ndarray,
-        *,
-        max_frames: int,
-        min_frames: int = 0,
-        temperature: float = 1.0,
-        top_k: int = 50,
-        seed: int = 0,
-        reachable_only: bool = True,
-        kv_bits: int | None = None,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> np.ndarray:
-        """Coarse codes, int [2, T] in 0..codebook_size-1, behind the backbone prompt `ids`.
-
-        More frames than fit the trained window are cut to those that do, with a KhalaWarning.
-        See Backbone.generate_many for the other arguments and errors.
-        """
-        return self.compose_many(
-            ids,
-            seeds=[seed],
-            max_frames=max_frames,
-            min_frames=min_frames,
-            temperature=temperature,
-            top_k=top_k,
-            reachable_only=reachable_only,
-            kv_bits=kv_bits,
-            on_progress=on_progress,
-        )[0]
-
-    def compose_many(
-        self,
-        ids: np.ndarray,
-        *,
-        seeds: Sequence[int],
-        max_frames: int,
-        min_frames: int = 0,
-        temperature: float = 1.0,
-        top_k: int = 50,
-        reachable_only: bool = True,
-        kv_bits: int | None = None,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> list[np.ndarray]:
-        """Coarse codes, int [2, T], for each seed, from one prompt and one reading of the weights.
-
-        Each equals what `compose` gives for its seed alone (in float32; 16-bit and packed weights
-        round differently in a batch). Where only some fail, theirs are [2, 0] and a KhalaWarning
-        tells why. More frames than fit the trained window are cut to those that do, with a
-        KhalaWarning. See Backbone.generate_many for the other arguments and errors.
-        """
-        _check_seeds(seeds)
-        room = backbone_room(self.config, len(ids))
-        if max_frames > room > 0:
-            warn_window(self.config, max_frames, room)
-            max_frames, min_frames = room, min(min_frames, room)
-        return self.backbone.compose_many(
-            np.asarray(ids),
-            keys=[stage_key(seed, 0) for seed in seeds],
-            max_frames=max_frames,
-            min_frames=min_frames,
-            temperature=temperature,
-            top_k=top_k,
-            reachable_only=reachable_only,
-            kv_bits=kv_bits,
-            on_progress=on_progress,
-        )
-
-    def refine(
-        self,
-        ids: np.ndarray,
-        coarse: np.ndarray,
-        *,
-        top_k: int = 10,
-        seed: int = 0,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> np.ndarray:
-        """All codes, int [K, T], from the superres prompt `ids` and coarse codes [2, T]."""
-        key = stage_key(seed, 1)
-        # Before the model is loaded.
-        self._check_codes(coarse, self.config.tokens.num_coarse)
-        return self.superres.refine(
-            np.asarray(ids), coarse, top_k=top_k, key=key, on_progress=on_progress
-        )
-
-    def render(
-        self, codes: np.ndarray, *, on_progress: Callable[[int, int], None] | None = None
-    ) -> np.ndarray:
-        """Sound of codes [K, T]: float32 [hop * T, channels]."""
-        self._check_codes(codes, self.config.tokens.num_codebooks)
-        return self.codec.decode(codes, on_progress=on_progress)
+class Khala(Stages):
+    """Songs, and takes of them, from the three stages of one model folder."""
 
     def generate(
         self,
@@ -263,7 +53,9 @@ class Khala:
         top_k: int = 50,
         refine_top_k: int = 10,
         reachable_only: bool = True,
+        refine_seed: int | None = None,
         on_progress: Progress | None = None,
+        on_take: OnTake | None = None,
     ) -> Song:
         """Make a song: prompt, compose, refine, render.
 
@@ -272,7 +64,10 @@ class Khala:
             seconds: caps the length; by default `minutes` and 0.8 more.
             min_seconds: the song cannot end before.
             seed: the same seed gives the same song on the same backend; drawn when None.
+            refine_seed: the seed of the detail, by default `seed` too.
             on_progress: called as (stage, done, total), stage "compose", "refine" or "render".
+            on_take: called with each state worth keeping: `Take.save` keeps it, `adopt` and
+                `make` go on with it.
 
         Raises:
             KhalaError: before any model is loaded if the request cannot be served.
@@ -294,8 +89,9 @@ class Khala:
             top_k=top_k,
             refine_top_k=refine_top_k,
             reachable_only=reachable_only,
+            refine_seed=refine_seed,
         )
-        return self.fulfil(request, on_progress)
+        return self.fulfil(request, on_progress, on_take)
 
     def plan(self, request: Request) -> dict[str, Any]:
         """What `fulfil` would do with a request: prompts, their lengths, frames. Loads nothing."""
@@ -315,99 +111,211 @@ class Khala:
             "seed": request.seed,
         }
 
-    def fulfil(self, request: Request, on_progress: Progress | None = None) -> Song:
+    def fulfil(
+        self,
+        request: Request,
+        on_progress: Progress | None = None,
+        on_take: OnTake | None = None,
+    ) -> Song:
         """Make the song of a recorded request; see `generate`."""
-        return next(self.fulfil_many(request, [request.seed], on_progress))
+        return self.make(self.begin(request), on_progress, on_take)
 
     def fulfil_many(
         self, request: Request, seeds: Sequence[int], on_progress: Progress | None = None
     ) -> Iterator[Song]:
         """Songs of one request, for each of `seeds` (not the request's own) in this order.
 
-        Each equals the song of its seed alone. They are composed together, which costs hardly
-        more than one, then refined in turn; each is given as soon as it is rendered. Where only
-        some fail, they are left out and a KhalaWarning tells why.
+        Each equals the song of its seed alone; see `make_many`.
 
         Raises:
             KhalaError: at once, before any model is loaded, if the request cannot be served.
         """
+        return self.make_many(self.begin_many(request, seeds), on_progress)
+
+    def begin(self, request: Request, kept: np.ndarray | None = None) -> Take:
+        """The take of a song of which nothing is composed yet. Loads nothing.
+
+        Args:
+            kept: codes [k, T0] of a beginning that is taken over.
+
+        Raises:
+            KhalaError: if the request cannot be served.
+        """
+        if kept is not None and kept.size:
+            layout = self.config.tokens
+            coarse, refined = np.split(kept, [layout.num_coarse])
+            kept = tokens.check_begun(layout, coarse, refined)
         check_sampling(request.top_k, request.temperature)
         check_sampling(request.refine_top_k)
-        _check_seeds(seeds)
-        ids = self._request_ids(request)
-        budget = frame_budget(self.config, request, len(ids[0]), len(ids[1]))
-        return self._songs(request, list(seeds), ids, budget, on_progress)
+        stage_key(request.seed, 0)
+        stage_key(_refine_seed(request), 1)
+        backbone_ids, superres_ids = self._request_ids(request)
+        lengths = len(backbone_ids), len(superres_ids)
+        return Take(
+            self._metadata(request, lengths),
+            kept=no_codes() if kept is None else kept,
+            prompts=(backbone_ids.tolist(), superres_ids.tolist()),
+            budget=frame_budget(self.config, request, *lengths),
+            num_codebooks=self.config.tokens.num_codebooks,
+            source=self.source,
+        )
+
+    def begin_many(self, request: Request, seeds: Sequence[int]) -> list[Take]:
+        """`begin` for each of `seeds` (not the request's own)."""
+        check_seeds(seeds)
+        take = self.begin(request)
+        return [take.with_request(replace(request, seed=seed)) for seed in seeds]
+
+    def adopt(self, take: Take, *, same: bool = True) -> Take:
+        """A take that was read from a file, checked and ready for `make`. Loads nothing.
+
+        On the backend it was begun on, going on gives the very song that it would have become.
+
+        Args:
+            same: refuse a take that another model began, instead of only saying so.
+
+        Raises:
+            KhalaError: if another model began it, or its codes are none of this model's.
+        """
+        fresh = self._taken_over(take, take.request, take.layers, same=same)
+        fresh.metadata["timings"] = dict(take.metadata["timings"])
+        return fresh
+
+    def redo(self, take: Take, request: Request) -> Take:
+        """What a take's backbone composed, its detail to be made anew as `request` says.
+
+        Raises:
+            KhalaError: if the codes are none of this model's.
+        """
+        return self._taken_over(take, request, self.config.tokens.num_coarse, same=False)
+
+    def _taken_over(self, take: Take, request: Request, layers: int, *, same: bool) -> Take:
+        """A fresh take of `request` with the first layers of `take`."""
+        fresh = self.begin(request, take.kept)
+        check_same_song(take, fresh, strict=same)
+        if take.layers:
+            layout = self.config.tokens
+            coarse, refined = np.split(take.codes[:layers], [layout.num_coarse])
+            self._set_codes(fresh, tokens.check_begun(layout, coarse, refined))
+        fresh.options = take.options
+        return fresh
+
+    def make(
+        self,
+        take: Take,
+        on_progress: Progress | None = None,
+        on_take: OnTake | None = None,
+        layers: int | None = None,
+    ) -> Song:
+        """Go on with a take of `begin` or `adopt` until its song is whole; see `make_many`."""
+        return next(self.make_many([take], on_progress, on_take, layers))
+
+    def make_many(
+        self,
+        takes: Sequence[Take],
+        on_progress: Progress | None = None,
+        on_take: OnTake | None = None,
+        layers: int | None = None,
+    ) -> Iterator[Song]:
+        """Go on with takes until their songs are whole; the songs in this order.
+
+        Those not composed yet are of one request but for the seed and are composed together,
+        which costs hardly more than one; then each is refined in turn, and given as soon as it is
+        rendered. Where only some fail, they are left out and a KhalaWarning tells why.
+
+        Args:
+            on_take: called with each state of a take that is worth keeping.
+            layers: refine no further than that: drafts, to be finished by another call.
+
+        Raises:
+            KhalaError: at once if `layers` is no number of layers that can be heard.
+        """
+        self._check_draft(layers)
+        return self._songs(list(takes), on_progress, on_take or (lambda _: None), layers)
+
+    def compose_takes(
+        self,
+        takes: Sequence[Take],
+        on_progress: Progress | None = None,
+        on_take: OnTake | None = None,
+    ) -> None:
+        """Compose those of some takes that have no codes yet; see `make_many`."""
+        if new := [take for take in takes if not take.layers]:
+            request, (most, least) = new[0].request, new[0].budget
+            shared: dict[str, float] = {}
+            with timed(shared, "compose", on_progress) as progress:
+                composed = self.compose_many(
+                    np.array(new[0].prompts[0]),
+                    seeds=[take.request.seed for take in new],
+                    max_frames=most,
+                    min_frames=least,
+                    temperature=request.temperature,
+                    top_k=request.top_k,
+                    reachable_only=request.reachable_only,
+                    on_progress=progress,
+                )
+            for take, coarse in zip(new, composed, strict=True):
+                if coarse.size:
+                    self._set_codes(take, coarse)
+                    take.metadata["timings"]["compose"] = round(shared["compose"] / len(new), 3)
+                    (on_take or (lambda _: None))(take)
+        self._done_with("backbone")
 
     def _songs(
         self,
-        request: Request,
-        seeds: list[int],
-        ids: tuple[np.ndarray, np.ndarray],
-        budget: tuple[int, int],
+        takes: list[Take],
         on_progress: Progress | None,
+        keep: OnTake,
+        layers: int | None,
     ) -> Iterator[Song]:
-        shared: dict[str, float] = {}
-        with _timed(shared, "compose", on_progress) as progress:
-            composed = self.compose_many(
-                ids[0],
-                seeds=seeds,
-                max_frames=budget[0],
-                min_frames=budget[1],
-                temperature=request.temperature,
-                top_k=request.top_k,
-                reachable_only=request.reachable_only,
-                on_progress=progress,
-            )
-        self._done_with("backbone")
-        made = [(seed, coarse) for seed, coarse in zip(seeds, composed, strict=True) if coarse.size]
-        timings = [{"compose": round(shared["compose"] / len(seeds), 3)} for _ in made]
-        refined = []
-        for part, (seed, coarse) in enumerate(made):
-            with _timed(timings[part], "refine", on_progress, part, len(made)) as progress:
-                top_k = request.refine_top_k
-                refined.append(
-                    self.refine(ids[1], coarse, top_k=top_k, seed=seed, on_progress=progress)
-                )
+        self.compose_takes(takes, on_progress, keep)
+        made = [take for take in takes if take.layers]
+        parts = len(made)
+        for part, take in enumerate(made):
+            timings, last = take.metadata["timings"], max(layers or take.num_codebooks, take.layers)
+            with timed(timings, "refine", on_progress, part, parts) as progress:
+                self._refine_take(take, last, progress, keep)
         self._done_with("superres")
-        for part, ((seed, _), codes) in enumerate(zip(made, refined, strict=True)):
-            with _timed(timings[part], "render", on_progress, part, len(made)) as progress:
-                waveform = self.render(codes, on_progress=progress)
-            if part + 1 == len(made):
+        for part, take in enumerate(made):
+            with timed(take.metadata["timings"], "render", on_progress, part, parts) as progress:
+                waveform = self.render(take.codes, draft=True, on_progress=progress)
+            if part + 1 == parts:
                 self._done_with("codec")
             if np.abs(waveform).max() < SILENCE:
                 warnings.warn("The song is silent.", KhalaWarning, stacklevel=2)
-            own = replace(request, seed=seed)
-            metadata = self._metadata(own, codes, (len(ids[0]), len(ids[1])), timings[part])
-            yield Song(waveform, self.config.codec.sample_rate, codes, metadata)
+            yield Song(waveform, self.config.codec.sample_rate, take.codes, take.metadata, take)
+
+    def _refine_take(
+        self, take: Take, last: int, report: Callable[[int, int], None], keep: OnTake
+    ) -> None:
+        """Refine a take up to layer `last`, and keep it every so often."""
+        request, coarse = take.request, self.config.tokens.num_coarse
+        begun = take.layers
+        while take.layers < last:
+            before, layers = take.layers - begun, min(last, take.layers + KEEP_EVERY)
+            take.codes = self.refine(
+                np.array(take.prompts[1]),
+                take.codes[:coarse],
+                refined=take.codes[coarse:],
+                top_k=request.refine_top_k,
+                seed=_refine_seed(request),
+                layers=layers,
+                kept=take.kept,
+                on_progress=_of_more(report, before, layers - take.layers, last - begun),
+            )
+            keep(take)
+
+    def _check_draft(self, layers: int | None) -> None:
+        least, most = self.config.tokens.num_coarse, self.config.tokens.num_codebooks
+        if layers is not None and not least <= layers <= most:
+            raise KhalaError(f"A draft has {least}..{most} layers, got {layers}.")
 
     def _request_ids(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
         return prompt_ids(
             self.tokenizer, self.config, request.prompt, truncate=request.truncate_lyrics
         )
 
-    def _check_codes(self, codes: np.ndarray, layers: int) -> None:
-        tokens.check_codes(codes, layers=layers, codebook_size=self.config.tokens.codebook_size)
-
-    def _part(self, name: str, build: Callable[[KhalaConfig], Loaded]) -> Loaded:
-        if name not in self._parts:
-            dtype = mx.float32 if name == "codec" else getattr(mx, self.dtype)
-            model = build(self.config)
-            self._parts[name] = load_part(model, self.folder, name, self.config, dtype)
-        part: Loaded = self._parts[name]
-        return part
-
-    def _done_with(self, part: str) -> None:
-        if not self.keep_loaded:
-            self.release(part)
-        mx.clear_cache()
-
-    def _metadata(
-        self,
-        request: Request,
-        codes: np.ndarray,
-        prompts: tuple[int, int],
-        seconds: dict[str, float],
-    ) -> dict[str, Any]:
+    def _metadata(self, request: Request, prompts: tuple[int, int]) -> dict[str, Any]:
         config = self.config
         return {
             "format_version": SIDECAR_VERSION,
@@ -417,6 +325,7 @@ class Khala:
             "model": {
                 "name": self.folder.resolve().name,
                 "config_sha256": self.identity,
+                "weights_fingerprint": self.fingerprint,
                 "dtype": self.dtype,
                 "fc1_bias": config.fc1_bias,
                 "quantized": bool(config.quantization),
@@ -427,35 +336,29 @@ class Khala:
             "request": request.to_dict(),
             "prompt_tokens": {"backbone": prompts[0], "superres": prompts[1]},
             "num_coarse": config.tokens.num_coarse,
-            "frames": int(codes.shape[1]),
-            "seconds": round(codes.shape[1] / config.codec.frame_rate, 3),
+            "frames": 0,
+            "seconds": 0.0,
             "backend": {"device": str(mx.default_device()), "mlx": version("mlx")},
-            "timings": seconds,
+            "timings": {},
         }
 
-    @property
-    def identity(self) -> str:
-        """sha256 of config.json, which names the checksums of what the weights came from."""
-        return hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
+    def _set_codes(self, take: Take, codes: np.ndarray) -> None:
+        frames = codes.shape[1]
+        take.codes = codes
+        take.metadata["frames"] = frames
+        take.metadata["seconds"] = round(frames / self.config.codec.frame_rate, 3)
 
 
-def _check_seeds(seeds: Sequence[int]) -> None:
-    if not seeds:
-        raise KhalaError("At least one seed is needed.")
-    for seed in seeds:
-        stage_key(seed, 0)
+def _refine_seed(request: Request) -> int:
+    return request.seed if request.refine_seed is None else request.refine_seed
 
 
-@contextmanager
-def _timed(
-    seconds: dict[str, float], stage: str, on_progress: Progress | None, part: int = 0, of: int = 1
-) -> Iterator[Callable[[int, int], None]]:
-    """Time a stage, or one part of several alike, and name it in progress reports."""
+def _of_more(
+    report: Callable[[int, int], None], before: int, steps: int, total: int
+) -> Callable[[int, int], None]:
+    """Progress of `steps` steps, each of which may be several, as that of `total` of them."""
 
-    def report(done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(stage, part * total + done, of * total)
+    def tell(done: int, of: int) -> None:
+        report(before * of // steps + done, total * of // steps)
 
-    began = time.perf_counter()
-    yield report
-    seconds[stage] = round(time.perf_counter() - began, 3)
+    return tell

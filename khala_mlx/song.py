@@ -5,75 +5,24 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
-from khala_mlx import audio, tags
-from khala_mlx.config import Strict
-from khala_mlx.errors import ConfigError, KhalaError, KhalaWarning
+from khala_mlx import audio
+from khala_mlx.errors import KhalaWarning
 from khala_mlx.files import appears_whole, check_destination
 from khala_mlx.finish import Finish
 from khala_mlx.names import shown
-from khala_mlx.prompt import Prompt
+from khala_mlx.request import recorded, sidecar_path
+from khala_mlx.take import SUFFIX, Take
 
 SIDECAR_VERSION = 1
 _LONGEST_TITLE = 200
 # Left out of the tags, so that the same song is the same file.
 _OF_ONE_RUN = ("output", "created", "timings")
-
-
-@dataclass(frozen=True)
-class Request(Strict):
-    """Everything one asks for when asking for a song; with the model, it determines the song."""
-
-    tags: str = ""
-    description: str = ""
-    genre: str = ""
-    lyrics: str = ""
-    instrumental: bool = False
-    language: str = ""
-    minutes: int = 1
-    text_mode: str = "same_as_backbone_no_description"
-    truncate_lyrics: bool = False
-    seconds: float | None = None
-    min_seconds: float = 0.0
-    seed: int = 0
-    temperature: float = 1.0
-    top_k: int = 50
-    refine_top_k: int = 10
-    reachable_only: bool = True
-
-    def __post_init__(self) -> None:
-        self.check_types("The request")
-
-    @property
-    def prompt(self) -> Prompt:
-        """The part of the request that the models read."""
-        return Prompt(**{f.name: getattr(self, f.name) for f in fields(Prompt)})
-
-    @classmethod
-    def from_sidecar(cls, path: Path) -> Self:
-        """The request recorded in a song.json or a sound file; see `recorded`.
-
-        Raises:
-            KhalaError: if the file cannot be read, is no record, or holds wrong values.
-        """
-        return cls.from_record(recorded(path), str(path))
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any], where: str) -> Self:
-        """The request in what `recorded` found at `where`; fields it lacks have their defaults.
-
-        Raises:
-            KhalaError: if it holds wrong values.
-        """
-        try:
-            return cls.from_dict({**cls().to_dict(), **record["request"]}, where)
-        except ConfigError as error:
-            raise KhalaError(str(error)) from error
 
 
 @dataclass
@@ -83,14 +32,16 @@ class Song:
     Attributes:
         waveform: float32 [L, C], about -1..1.
         sample_rate: samples a second.
-        codes: integers [K, T].
+        codes: integers [K, T], or of the first layers alone where it is a draft.
         metadata: the content of the sidecar.
+        take: what the song was made from.
     """
 
     waveform: np.ndarray
     sample_rate: int
     codes: np.ndarray
     metadata: dict[str, Any] = field(default_factory=dict)
+    take: Take | None = None
 
     @property
     def duration(self) -> float:
@@ -108,6 +59,7 @@ class Song:
         title: str = "",
         artist: str = "",
         overwrite: bool = False,
+        finishing: bool = False,
     ) -> Path:
         """Write the sound (wav, flac, ogg, mp3 by suffix), song.json and song.take.safetensors.
 
@@ -119,6 +71,8 @@ class Song:
             loudness: LUFS to bring the song to, as far as a true peak of -1 dBTP allows.
             fade: seconds over which the end fades out.
             title, artist: for the file's tags; the title is by default what was asked for.
+            finishing: a take and a sidecar that are there are this song's own, from when it was
+                begun, and are replaced.
 
         Raises:
             KhalaError: if one of the three files exists (and `overwrite` is false), the suffix or
@@ -128,25 +82,26 @@ class Song:
         audio.check_output(path, bit_depth)
         audio.check_waveform(self.waveform)
         finish = Finish(normalize, loudness, fade, bit_depth)
-        check_free(path, overwrite=overwrite)
+        if finishing:
+            check_destination(path)
+        else:
+            check_free(path, overwrite=overwrite)
         waveform, levels = finish.apply(self.waveform, self.sample_rate)
         named = {name: text for name, text in (("title", title), ("artist", artist)) if text}
         self.metadata["output"] = {"file": path.name, "bit_depth": bit_depth, **named, **levels}
-        # Nested, so that a failure while writing any of the three leaves none of them.
+        replace = overwrite or finishing
+        # Nested, so that a failure while writing any of the three leaves none of them. The sound
+        # appears last: where it is, all is.
         with (
-            appears_whole(take_path(path), overwrite=overwrite) as take,
-            appears_whole(sidecar_path(path), overwrite=overwrite) as sidecar,
+            appears_whole(path, overwrite=overwrite) as sound,
+            appears_whole(sidecar_path(path), overwrite=replace) as sidecar,
+            appears_whole(take_path(path), overwrite=replace) as take,
         ):
-            self._write_take(take)
+            (self.take or self._own_take()).write(take)
             text = json.dumps(self.metadata, indent=2, ensure_ascii=False)
             sidecar.write_text(text + "\n", encoding="utf-8")
-            audio.write_audio(
-                path,
-                waveform,
-                self.sample_rate,
-                bit_depth=bit_depth,
-                tags=self._tags(),
-                overwrite=overwrite,
+            audio.encode_audio(
+                sound, path, waveform, self.sample_rate, bit_depth=bit_depth, tags=self._tags()
             )
         return path
 
@@ -154,14 +109,8 @@ class Song:
         """Play on the default device and wait for the end."""
         audio.play(audio.fit_scale(self.waveform, normalize=True)[0], self.sample_rate)
 
-    def _write_take(self, path: Path) -> None:
-        import mlx.core as mx
-
-        arrays = {"codes": mx.array(self.codes.astype(np.int32))}
-        if coarse := self.metadata.get("num_coarse"):
-            arrays["coarse"] = mx.array(self.codes[:coarse].astype(np.int32))
-        text = json.dumps({**self.metadata, "refined_layers": len(self.codes)}, ensure_ascii=False)
-        mx.save_safetensors(str(path), arrays, {"khala": text})
+    def _own_take(self) -> Take:
+        return Take(self.metadata, self.codes, num_codebooks=len(self.codes))
 
     def _tags(self) -> dict[str, str]:
         request, model = self.metadata.get("request", {}), self.metadata.get("model", {})
@@ -189,14 +138,9 @@ def _licence_tag(model: Mapping[str, Any]) -> str:
     return f"Made with weights under {licence}" if licence else ""
 
 
-def sidecar_path(path: Path) -> Path:
-    """song.wav -> song.json"""
-    return path.with_suffix(".json")
-
-
 def take_path(path: Path) -> Path:
     """song.wav -> song.take.safetensors"""
-    return path.with_suffix(".take.safetensors")
+    return path.with_suffix(SUFFIX)
 
 
 def check_free(path: Path, *, overwrite: bool = False) -> None:
@@ -204,37 +148,6 @@ def check_free(path: Path, *, overwrite: bool = False) -> None:
     if not overwrite:
         for each in (path, sidecar_path(path), take_path(path)):
             check_destination(each)
-
-
-def recorded(path: Path) -> dict[str, Any]:
-    """The record of a song: a song.json, or that in the tags of a sound file or lying beside it.
-
-    Raises:
-        KhalaError: if there is none.
-    """
-    try:
-        if path.suffix.lower() not in audio.SUFFIXES:
-            return _record(path.read_text(encoding="utf-8"))
-        path.stat()
-        if text := tags.read(path).get("record"):
-            return _record(text)
-        return _record(sidecar_path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        if path.suffix.lower() in audio.SUFFIXES and path.is_file():
-            raise KhalaError(
-                f"{path} holds no record of how it was made, and no {sidecar_path(path).name} lies "
-                "beside it."
-            ) from error
-        raise KhalaError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise KhalaError(f"{path} is no song.json written by khala.") from error
-
-
-def _record(text: str) -> dict[str, Any]:
-    record = json.loads(text)
-    if not isinstance(record["request"], dict):
-        raise TypeError
-    return dict(record)
 
 
 def warn_other_model(path: Path, identity: str) -> None:

@@ -55,28 +55,41 @@ class SuperRes(Transformer):
         *,
         top_k: int = 10,
         key: mx.array,
+        refined: np.ndarray | None = None,
+        layers: int | None = None,
+        kept: np.ndarray | None = None,
         draws: Draws | None = None,
         on_progress: Progress | None = None,
     ) -> np.ndarray:
         """Fill layers num_coarse..K-1 of `coarse` [num_coarse, T] -> codes [K, T].
 
         One full-attention pass a layer over the real rows, P prompt tokens and T frames; upstream
-        pads to 8192 rows and masks, with identical tokens. `draws(layer)` replaces the
-        Exponential(1) draws [T, top_k] of a layer (parity tests inject upstream's).
+        pads to 8192 rows and masks, with identical tokens.
 
         A song of more rows than the trained window is refined in windows that overlap, each with
         the codes of the one before held fixed; training knows no such thing, and a KhalaWarning
         says so.
 
+        Args:
+            refined: codes [n, T] of the layers behind the coarse ones that are made already: the
+                work goes on with the next and gives what it would have given undisturbed.
+            layers: how many layers the result has; K by default.
+            kept: codes [k, T0] that the first T0 frames have in any case; the other frames see
+                them. Layers it lacks are filled as elsewhere.
+            draws: draws(layer) replaces the Exponential(1) draws [T, top_k] of a layer (parity
+                tests inject upstream's).
+
         Raises:
             KhalaError: for codes or ids out of range, or a prompt that leaves no room.
         """
         check_sampling(top_k)
-        coarse = tokens.check_codes(
-            coarse, layers=self.layout.num_coarse, codebook_size=self.layout.codebook_size
-        )
-        frames, top_k = coarse.shape[1], min(top_k, self.layout.codebook_size)
+        begun = tokens.check_begun(self.layout, coarse, refined)
+        layers = self._check_layers(layers, len(begun))
+        kept = self._check_kept(kept, begun)
+        frames, top_k = begun.shape[1], min(top_k, self.layout.codebook_size)
         windows = self._windows(len(ids), frames)
+        if len(windows) > 1 and len(begun) == self.layout.num_coarse:
+            _warn_windows(frames, windows)
         prompt = self.embed(self.checked_ids(np.asarray(ids)[None], 2, "[1, P]"))
         keys = mx.random.split(key, self.layout.num_codebooks)
 
@@ -87,21 +100,26 @@ class SuperRes(Transformer):
             rows = mx.array(drawn)[first : first + logits.shape[0]]
             return sample_by_race(logits, rows, top_k)
 
-        codes = np.zeros((self.layout.num_codebooks, frames), dtype=np.int64)
-        codes[: self.layout.num_coarse] = coarse
-        steps = self.layout.num_codebooks - self.layout.num_coarse
+        codes = np.zeros((layers, frames), dtype=np.int64)
+        codes[: len(kept), : kept.shape[1]] = kept[:layers]
+        codes[: len(begun)] = begun
+        steps = layers - len(begun)
 
-        def report(done: int, begun: int) -> None:
+        def report(done: int, before: int) -> None:
             if on_progress is not None:
-                on_progress(begun + done, len(windows) * steps)
+                on_progress(before + done, len(windows) * steps)
 
         for number, (first, fixed, last) in enumerate(windows):
+            # How many frames of each layer are known beforehand.
+            known = np.full(layers, fixed)
+            known[: len(kept)] = np.clip(kept.shape[1] - first, fixed, last - first)
             codes[:, first:last] = self._refine_window(
                 prompt,
                 codes[:, first:last],
-                fixed,
+                len(begun),
+                known,
                 partial(pick, first=first),
-                partial(report, begun=number * steps),
+                partial(report, before=number * steps),
             )
         return codes
 
@@ -109,25 +127,28 @@ class SuperRes(Transformer):
         self,
         prompt: mx.array,
         codes: np.ndarray,
-        fixed: int,
+        begun: int,
+        fixed: np.ndarray,
         pick: Callable[[mx.array, int], mx.array],
         report: Callable[[int], None],
     ) -> np.ndarray:
-        """Codes [K, T] whose coarse layers and first `fixed` frames are known -> all of them.
+        """Codes [k, T] whose first `begun` layers are known, all of them -> the same, all known.
 
-        prompt [1, P, H]; `pick` draws codes [T] of a layer from logits [T, codebook_size].
+        prompt [1, P, H]; of layer i the first fixed[i] frames are known too; `pick` draws codes
+        [T] of a layer from logits [T, codebook_size].
         """
         known = [mx.array(layer.astype(np.int32)) for layer in codes]
         # Columns are only ever added, so the sum over them is kept instead of made again.
         audio = mx.zeros((1, codes.shape[1], self.config.hidden_size))
-        for layer in range(self.layout.num_coarse):
+        for layer in range(begun):
             audio = audio + self._embed_codes(layer, known[layer])
-        for layer in range(self.layout.num_coarse, self.layout.num_codebooks):
+        for layer in range(begun, len(codes)):
             chosen = pick(self._step(prompt, audio, layer), layer).astype(mx.int32)
-            known[layer] = mx.concatenate([known[layer][:fixed], chosen[fixed:]])
+            stay = int(fixed[layer])
+            known[layer] = mx.concatenate([known[layer][:stay], chosen[stay:]])
             audio = audio + self._embed_codes(layer, known[layer])
             mx.eval(audio, known[layer])
-            report(layer - self.layout.num_coarse + 1)
+            report(layer - begun + 1)
         return np.stack([np.array(layer, dtype=np.int64) for layer in known])
 
     def _step(self, prompt: mx.array, audio: mx.array, layer: int) -> mx.array:
@@ -140,6 +161,27 @@ class SuperRes(Transformer):
     def _embed_codes(self, layer: int, codes: mx.array) -> mx.array:
         """Codes [T] of one layer -> embeddings [1, T, H] in float32."""
         return self.embed(codes[None] + tokens.window(self.layout, layer)[0])
+
+    def _check_layers(self, layers: int | None, begun: int) -> int:
+        most = self.layout.num_codebooks
+        if layers is None:
+            return most
+        if isinstance(layers, bool) or not isinstance(layers, int) or not begun <= layers <= most:
+            raise KhalaError(f"layers has to be a whole number {begun}..{most}, got {layers!r}.")
+        return layers
+
+    def _check_kept(self, kept: np.ndarray | None, codes: np.ndarray) -> np.ndarray:
+        """Codes [k, T0] that stay; [0, 0] for none."""
+        if kept is None or kept.size == 0:
+            return np.empty((0, 0), dtype=np.int32)
+        layout = self.layout
+        kept = tokens.check_codes(
+            kept, layers=layout.num_codebooks, codebook_size=layout.codebook_size, fewer=True
+        )
+        both = min(len(kept), len(codes))
+        if kept.shape[1] > codes.shape[1] or (kept[:both] != codes[:both, : kept.shape[1]]).any():
+            raise KhalaError("The codes that are to stay are not those the song begins with.")
+        return kept
 
     def _windows(self, prompt_length: int, frames: int) -> list[tuple[int, int, int]]:
         """(first, fixed, last) of each window: frames first..last, the first `fixed` known."""
@@ -159,11 +201,14 @@ class SuperRes(Transformer):
             # All of one size: the last begins earlier instead of being shorter.
             first = min(done - room // _OVERLAP, frames - room)
             windows.append((first, done - first, first + room))
-        warnings.warn(
-            f"The song has {frames} frames, and the window superres was trained on has room for "
-            f"{room} behind this prompt: it is refined in {len(windows)} overlapping windows, "
-            "which is beyond its training.",
-            KhalaWarning,
-            stacklevel=3,
-        )
         return windows
+
+
+def _warn_windows(frames: int, windows: list[tuple[int, int, int]]) -> None:
+    warnings.warn(
+        f"The song has {frames} frames, and the window superres was trained on has room for "
+        f"{windows[0][2]} behind this prompt: it is refined in {len(windows)} overlapping windows, "
+        "which is beyond its training.",
+        KhalaWarning,
+        stacklevel=3,
+    )

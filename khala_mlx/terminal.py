@@ -24,6 +24,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+# What Ctrl-C says beyond that it stopped; the last one counts.
+_hints: list[str] = []
+
+
+def when_stopped(hint: str) -> None:
+    """Let Ctrl-C say how to go on from now on."""
+    _hints[:] = [hint]
+
+
 class OneLineErrors(click.Group):
     """A group whose usage errors are one line too, without the usage that click puts before."""
 
@@ -71,6 +80,7 @@ def command(work: Callable[P, R]) -> Callable[P, R]:
         with warnings.catch_warnings():
             warnings.simplefilter("always", KhalaWarning)
             warnings.showwarning = _show_warning
+            _hints.clear()
             worker = threading.Thread(target=target, daemon=True)
             worker.start()
             try:
@@ -79,7 +89,8 @@ def command(work: Callable[P, R]) -> Callable[P, R]:
                         worker.join(0.1)
             except KeyboardInterrupt:
                 discard_unfinished()
-                click.echo("\nStopped; nothing half-written was left behind.", err=True)
+                hint = f" {_hints[-1]}" if _hints else ""
+                click.echo(f"\nStopped; nothing half-written was left behind.{hint}", err=True)
                 sys.stdout.flush()
                 # The worker may be deep inside an evaluation, which nothing but this ends.
                 os._exit(1)

@@ -78,3 +78,22 @@ def check_codes(codes: Any, *, layers: int, codebook_size: int, fewer: bool = Fa
             f"Codes have to lie in 0..{codebook_size - 1}, got {array.min()}..{array.max()}."
         )
     return array
+
+
+def check_begun(layout: TokenLayout, coarse: Any, refined: Any = None) -> np.ndarray:
+    """Coarse codes [num_coarse, T], and those refined so far [n, T] behind them, as [k, T].
+
+    Raises:
+        KhalaError: if either is none, as `check_codes` tells, or their lengths differ.
+    """
+    size = layout.codebook_size
+    codes = check_codes(coarse, layers=layout.num_coarse, codebook_size=size)
+    if refined is None or len(refined) == 0:
+        return codes
+    fine = layout.num_codebooks - layout.num_coarse
+    refined = check_codes(refined, layers=fine, codebook_size=size, fewer=True)
+    if refined.shape[1] != codes.shape[1]:
+        raise KhalaError(
+            f"The refined codes have {refined.shape[1]} frames, the coarse ones {codes.shape[1]}."
+        )
+    return np.concatenate([codes, refined])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -23,6 +24,9 @@ Part = TypeVar("Part", bound=nn.Module)
 # there a part that takes at most this many bytes in float32 is unpacked. Whoever packs a larger
 # one lacks the memory.
 CPU_UNPACKED_BYTES = 2**30
+
+# What `fingerprint` reads of each file; the first sample begins with the header.
+_SAMPLES, _SAMPLE_BYTES = 256, 4096
 
 
 def find_model(source: str | Path) -> Path:
@@ -83,6 +87,25 @@ def part_files(folder: Path, part: str) -> list[Path]:
     if missing := [path.name for path in files if not path.is_file()]:
         raise WeightsError(f"{folder} lacks {', '.join(missing)}; convert the model again.")
     return files
+
+
+def fingerprint(folder: Path) -> str:
+    """A sha256 that tells models apart: of config.json and of samples of all tensors.
+
+    Not of every byte: reading gigabytes would take longer than making a short song.
+
+    Raises:
+        WeightsError: if a file is missing.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in (path for part in PARTS for path in part_files(folder, part)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for sample in range(_SAMPLES):
+                file.seek(size * sample // _SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def read_tensors(files: list[Path]) -> dict[str, mx.array]:

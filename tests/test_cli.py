@@ -353,20 +353,18 @@ def test_help_is_fast_and_version_works() -> None:
 SLOW = """
 import sys, time
 import khala_mlx.audio
-from khala_mlx import files
-def write_slowly(path, *_, **__):
-    with files.appears_whole(path) as temporary:
-        temporary.write_bytes(b"half")
-        print("writing", flush=True)
-        time.sleep(60)
-khala_mlx.audio.write_audio = write_slowly
+def write_slowly(temporary, *_, **__):
+    temporary.write_bytes(b"half")
+    print("writing", flush=True)
+    time.sleep(60)
+khala_mlx.audio.encode_audio = write_slowly
 from khala_mlx.cli import main
 main(sys.argv[1:])
 """
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_stops_at_once_and_leaves_nothing(tiny_folder: Path, how: signal.Signals) -> None:
+def test_ctrl_c_stops_at_once_and_leaves_the_take(tiny_folder: Path, how: signal.Signals) -> None:
     arguments = ["generate", "-m", str(tiny_folder), *SHORT, "-o", "a.wav"]
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, *arguments],
@@ -383,7 +381,8 @@ def test_ctrl_c_stops_at_once_and_leaves_nothing(tiny_folder: Path, how: signal.
     assert time.perf_counter() - began < 1
     assert process.returncode == 1
     assert "Traceback" not in stderr
-    assert names() == []
+    assert "khala generate --resume a.take.safetensors" in stderr
+    assert names() == ["a.take.safetensors"]
 
 
 def test_ctrl_c_inside_an_evaluation(tiny_folder: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from khala_mlx.config import KhalaConfig
 from khala_mlx.errors import KhalaError, KhalaWarning
 from khala_mlx.lengths import frame_budget
-from khala_mlx.song import Request
+from khala_mlx.request import Request
 
 TINY = KhalaConfig.tiny()
 

@@ -11,7 +11,7 @@ import soundfile
 
 from khala_mlx import Khala, KhalaError, Song
 from khala_mlx.errors import AudioError, KhalaWarning
-from khala_mlx.song import Request
+from khala_mlx.request import Request
 
 # Random codecs are loud.
 pytestmark = pytest.mark.filterwarnings("ignore:.*exceed full scale")

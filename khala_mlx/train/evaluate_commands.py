@@ -127,7 +127,7 @@ def _sing(
     import numpy as np
 
     from khala_mlx.lengths import frame_budget
-    from khala_mlx.song import Request
+    from khala_mlx.request import Request
     from khala_mlx.train.listening import PAGE, Trial, write_page
 
     rate, seed = khala.config.codec.frame_rate, options["seed"]

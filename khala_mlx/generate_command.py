@@ -1,0 +1,183 @@
+"""`khala generate`: a song, a draft of one, or the rest of a song that was begun."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from khala_mlx.options import (
+    FILE,
+    OF_THE_FILE,
+    adapter_options,
+    finish_options,
+    given,
+    json_option,
+    model_option,
+    output_option,
+    play_option,
+    recorded,
+    tag_options,
+    typed,
+)
+from khala_mlx.terminal import command, report
+
+TEXT_MODES = click.Choice(["same_as_backbone", "same_as_backbone_no_description", "separate"])
+# Layers of a draft: after six steps of 62 the ear has most of what it judges a song by.
+DRAFT_LAYERS = 8
+# What may be said along with --resume; all else is in the take.
+_WITH_RESUME = {"resume", "model", "adapters", "adapter_scales", "output", "play", "as_json"}
+_WITH_RESUME |= {"draft", *OF_THE_FILE}
+
+
+@click.command()
+@click.option("--tags", default="", help='For example "pop, female vocal, 120 bpm".')
+@click.option("--description", default="", help="A sentence; it takes the place of the tags.")
+@click.option("--genre", default="", help="Used where there are neither tags nor description.")
+@click.option("--lyrics", default="", help="The words, with section marks such as [Verse 1].")
+@click.option(
+    "--lyrics-file", type=click.File(encoding="utf-8-sig"), help="Words from a file, - for stdin."
+)
+@click.option("--instrumental", is_flag=True, help="No voice.")
+@click.option("--language", default="", help="Only read by the text mode `separate`.")
+@click.option(
+    "--minutes",
+    type=int,
+    default=1,
+    show_default=True,
+    help="What the prompt tells the model, 1-10.",
+)
+@click.option(
+    "--seconds", type=float, help="Longest song.  [default: --minutes and 0.8 minutes more]"
+)
+@click.option("--min-seconds", type=float, default=0.0, help="The song cannot end before.")
+@click.option("--seed", type=int, help="The same seed gives the same song.  [default: drawn]")
+@click.option("--refine-seed", type=int, help="Another detail of the same song.  [default: --seed]")
+@click.option("--temperature", type=float, default=1.0, show_default=True)
+@click.option("--top-k", type=int, default=50, show_default=True, help="1 is greedy.")
+@click.option("--refine-top-k", type=int, default=10, show_default=True)
+@click.option(
+    "--text-mode", type=TEXT_MODES, default="same_as_backbone_no_description", show_default=True
+)
+@click.option(
+    "--truncate-lyrics", is_flag=True, help="Cut a prompt that is too long instead of refusing it."
+)
+@click.option(
+    "--reachable-only/--whole-vocabulary",
+    default=True,
+    show_default=True,
+    help="Draw from the tokens that can follow, or from all as upstream does.",
+)
+@click.option("--like", type=FILE, help="Take all that is not given here from a song or song.json.")
+@click.option("--resume", type=FILE, metavar="TAKE", help="Go on with a take where it stopped.")
+@click.option(
+    "--draft",
+    type=int,
+    is_flag=False,
+    flag_value=DRAFT_LAYERS,
+    metavar="[LAYERS]",
+    help=f"Stop at so many layers ({DRAFT_LAYERS}) and let hear them; --resume finishes the song.",
+)
+@model_option
+@adapter_options
+@output_option
+@tag_options
+@finish_options
+@play_option
+@click.option("--dry-run", is_flag=True, help="Show the prompt and what fits; load nothing.")
+@json_option
+@command
+def generate(**options: Any) -> None:
+    """Make a song from tags and lyrics."""
+    if options["resume"]:
+        _resume(options)
+    else:
+        _generate(options)
+
+
+def _generate(options: dict[str, Any]) -> None:
+    from khala_mlx.audio import check_output
+    from khala_mlx.song import check_free, warn_other_adapters, warn_other_model
+    from khala_mlx.song_files import finish_of, free_name, open_model, write_draft, write_song
+
+    output = options["output"] or free_name()
+    check_output(output, finish_of(options).bit_depth)
+    check_free(output)
+    request = _request(options)
+    khala = open_model(options)
+    if options["like"]:
+        warn_other_model(options["like"], khala.identity)
+        warn_other_adapters(options["like"], khala.adapters)
+    if options["dry_run"]:
+        report(khala.plan(request), options["as_json"])
+        return
+    write = write_song if options["draft"] is None else write_draft
+    write(khala, khala.begin(request), output, options)
+
+
+def _resume(options: dict[str, Any]) -> None:
+    from khala_mlx.audio import check_output
+    from khala_mlx.song import check_free, take_path
+    from khala_mlx.song_files import (
+        check_unfinished,
+        finish_of,
+        open_model,
+        write_draft,
+        write_song,
+    )
+    from khala_mlx.take import Take, song_path
+
+    if extra := sorted(name for name in options if typed(name) and name not in _WITH_RESUME):
+        names = ", ".join("--" + name.replace("_", "-") for name in extra)
+        raise click.UsageError(f"--resume takes everything from the take; leave out {names}.")
+    path = options["resume"]
+    take = Take.load(path)
+    options = recorded(take.options, options)
+    output = options["output"] or song_path(path, take.suffix)
+    check_output(output, finish_of(options).bit_depth)
+    own = take_path(output).absolute() == path.absolute()
+    if not own:
+        check_free(output)
+    elif not check_unfinished(take, output):
+        report({"file": str(output), "finished": "already"}, options["as_json"])
+        return
+    khala = open_model(options, take)
+    write = write_song if options["draft"] is None else write_draft
+    write(khala, khala.adopt(take), output, options, resumed=own)
+
+
+def _request(options: dict[str, Any]) -> Any:
+    """The request of the options, over that of --like where an option was not given."""
+    import dataclasses
+    import secrets
+
+    from khala_mlx.request import Request
+
+    if options["lyrics_file"] is not None:
+        if options["lyrics"]:
+            raise click.UsageError("--lyrics and --lyrics-file exclude each other.")
+        options["lyrics"] = _read_lyrics(options["lyrics_file"])
+    base = Request.from_sidecar(options["like"]) if options["like"] else Request()
+    names = {field.name for field in dataclasses.fields(Request)}
+    given = {
+        name: value
+        for name, value in options.items()
+        if name in names and (options["like"] is None or _set_here(name))
+    }
+    if given.get("seed", 0) is None:
+        given["seed"] = secrets.randbelow(2**32)
+    return dataclasses.replace(base, **given)
+
+
+def _set_here(name: str) -> bool:
+    return given(name) or (name == "lyrics" and given("lyrics_file"))
+
+
+def _read_lyrics(file: Any) -> str:
+    from khala_mlx.errors import PromptError
+
+    try:
+        text: str = file.read()
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{file.name} is no UTF-8 text.") from error
+    return text

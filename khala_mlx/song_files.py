@@ -1,0 +1,158 @@
+"""What the commands that make songs share: opening the model, keeping the take, writing files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from khala_mlx.errors import KhalaError
+from khala_mlx.files import check_destination, provisional
+from khala_mlx.finish import Finish
+from khala_mlx.options import FINISH, OF_THE_FILE, given
+from khala_mlx.request import Request, sidecar_path
+from khala_mlx.song import take_path
+from khala_mlx.take import Take
+from khala_mlx.terminal import Progress, report, when_stopped
+
+
+def free_name(suffix: str = ".wav") -> Path:
+    """song.wav, or the first of song-2.wav, song-3.wav, ... that is free."""
+    number, path = 1, Path(f"song{suffix}")
+    while any(p.exists() for p in (path, sidecar_path(path), take_path(path))):
+        number += 1
+        path = Path(f"song-{number}{suffix}")
+    return path
+
+
+def finish_of(options: dict[str, Any]) -> Finish:
+    """What the options ask to be done to the sound."""
+    return Finish(**{name: options[name] for name in FINISH})
+
+
+def open_model(options: dict[str, Any], take: Take | None = None) -> Any:
+    """The Khala of --model, or where that is not given the one a take names, with its adapters.
+
+    A take from elsewhere cannot make this fetch anything: it only leads to folders that are here.
+    """
+    from khala_mlx.pipeline import Khala
+
+    source = options["model"]
+    if take is not None and not given("model") and take.source:
+        source = take.source
+        if source != "demo" and not Path(source).expanduser().is_dir():
+            raise KhalaError(
+                "The take's model is not here under the name it had then: name it with --model."
+            )
+    khala = Khala.from_pretrained(source, keep_loaded=False)
+    load_adapters(khala, options["adapters"], options["adapter_scales"])
+    return khala
+
+
+def load_adapters(khala: Any, paths: tuple[Path, ...], scales: tuple[float, ...]) -> None:
+    """Put the adapters of --adapter on a model."""
+    if not paths and not scales:
+        return
+    from khala_mlx.convert import read_adapter
+
+    khala.load_adapters([read_adapter(path) for path in paths], scales or None)
+
+
+def check_unfinished(take: Take, output: Path) -> bool:
+    """Whether the song of `take` at `output` is still to be written.
+
+    Raises:
+        KhalaError: if other files are in its place.
+    """
+    if sidecar_path(output).exists() and not _is_of(take, sidecar_path(output)):
+        raise KhalaError(f"{sidecar_path(output)} is of another song; choose another --output.")
+    if not output.exists():
+        check_destination(output)
+        return True
+    if take.whole and sidecar_path(output).exists():
+        return False
+    raise KhalaError(f"{output} exists already; remove it or choose another --output.")
+
+
+def write_song(
+    khala: Any, take: Take, output: Path, options: dict[str, Any], *, resumed: bool = False
+) -> None:
+    """Make what a take lacks and write its three files; the take is there from the start on."""
+    song = _made(khala, take, output, options, resumed)
+    song.save(output, **{name: options[name] for name in OF_THE_FILE}, finishing=True)
+    taken = sum(song.metadata["timings"].values())
+    report(
+        {
+            "file": str(output),
+            "seconds": round(song.duration, 2),
+            "seed": take.request.seed,
+            "taken_seconds": round(taken, 1),
+            "licence": khala.config.licence,
+        },
+        options["as_json"],
+    )
+    if options["play"]:
+        song.play()
+
+
+def write_draft(
+    khala: Any, take: Take, output: Path, options: dict[str, Any], *, resumed: bool = False
+) -> None:
+    """Refine a take to --draft layers and write how that sounds; the take stays unfinished."""
+    from khala_mlx.audio import write_audio
+
+    layers = max(options["draft"], take.layers)
+    sound = output.with_name(f"{output.stem}.draft-{layers}{output.suffix}")
+    check_destination(sound)
+    song = _made(khala, take, output, options, resumed, layers)
+    finish = finish_of(options)
+    waveform, _ = finish.apply(song.waveform, song.sample_rate)
+    write_audio(sound, waveform, song.sample_rate, bit_depth=finish.bit_depth)
+    report(
+        {
+            "file": str(sound),
+            "seconds": round(song.duration, 2),
+            "seed": take.request.seed,
+            "layers": f"{take.layers} of {take.num_codebooks}",
+            "finish": f"khala generate --resume {take_path(output)}",
+        },
+        options["as_json"],
+    )
+    if options["play"]:
+        song.play()
+
+
+def _made(
+    khala: Any,
+    take: Take,
+    output: Path,
+    options: dict[str, Any],
+    resumed: bool,
+    layers: int | None = None,
+) -> Any:
+    """The song of a take, which is kept in its file beside `output` while it grows."""
+    path = take_path(output)
+    take.options = {name: options[name] for name in OF_THE_FILE} | {"suffix": output.suffix}
+
+    def keep(take: Take) -> None:
+        take.save(path, overwrite=True)
+        when_stopped(f"Go on with `khala generate --resume {path}`.")
+
+    if resumed:
+        keep(take)
+        return khala.make(take, Progress(), keep, layers)
+    take.save(path)
+    # Until there is something worth keeping, an error or Ctrl-C takes it away again.
+    with provisional(path) as settle:
+
+        def keep_for_good(take: Take) -> None:
+            keep(take)
+            settle()
+
+        return khala.make(take, Progress(), keep_for_good, layers)
+
+
+def _is_of(take: Take, sidecar: Path) -> bool:
+    try:
+        return Request.from_sidecar(sidecar) == take.request
+    except KhalaError:
+        return False
