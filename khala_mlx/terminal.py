@@ -147,7 +147,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
 
 
 class Progress:
-    """Shows (stage, done, total): a bar with the time left on a terminal, else plain lines."""
+    """Shows (stage, done, total): a bar on a terminal, else plain lines, with the time left."""
 
     # A plain log gets a line for each tenth of a stage.
     _TENTHS = 10
@@ -155,31 +155,37 @@ class Progress:
     def __init__(self) -> None:
         self._bar = sys.stderr.isatty()
         self._stage = ""
-        self._began = 0.0
+        self._began, self._first = 0.0, 0
         self._tenths = -1
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage != self._stage:
             self._stage, self._began, self._tenths = stage, time.monotonic(), -1
+            self._first = done
         if self._bar:
             self._draw(done, total)
         elif (tenths := done * self._TENTHS // max(total, 1)) != self._tenths:
             self._tenths = tenths
             # Stages that count bytes: nobody reads nine digits.
             scale, unit = (10**6, " MB") if total >= 10**6 else (1, "")
-            click.echo(f"{stage}: {done // scale}/{total // scale}{unit}", err=True)
+            timing = self._timing(done, total)
+            shown = f"{stage}: {done // scale}/{total // scale}{unit}"
+            click.echo(f"{shown}, {timing}" if timing else shown, err=True)
+
+    def _timing(self, done: int, total: int) -> str:
+        """Time taken, or an estimate of what is left."""
+        elapsed = time.monotonic() - self._began
+        if done >= total:
+            return f"{_minutes(elapsed)} taken"
+        # What was there before this process began says nothing of its pace.
+        new = done - self._first
+        return f"{_minutes(elapsed / new * (total - done))} left" if new > 0 else ""
 
     def _draw(self, done: int, total: int) -> None:
         width = 24
         filled = width * done // max(total, 1)
         bar = "█" * filled + "░" * (width - filled)
-        elapsed = time.monotonic() - self._began
-        if done >= total:
-            timing = f"{_minutes(elapsed)} taken"
-        elif done:
-            timing = f"{_minutes(elapsed / done * (total - done))} left"
-        else:
-            timing = ""
+        timing = self._timing(done, total)
         # A pseudo-terminal without a size says 0.
         columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
         line = f"{self._stage:<8} {bar} {100 * done // max(total, 1):3d} %  {timing:<12}"

@@ -1,6 +1,7 @@
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -448,7 +449,11 @@ def test_plain_lines_are_at_most_one_a_tenth(capsys: pytest.CaptureFixture[str])
     progress = terminal.Progress()
     for done in range(1, 1001):
         progress("compose", done, 1000)
-    assert len(capsys.readouterr().err.splitlines()) == 11
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11
+    assert lines[0] == "compose: 1/1000"
+    assert all(re.fullmatch(r"compose: \d+/1000, 0:00 left", line) for line in lines[1:-1])
+    assert lines[-1] == "compose: 1000/1000, 0:00 taken"
 
 
 def test_work_happens_in_one_other_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import soundfile
+from click.testing import CliRunner
 from tiny_tokenizer import write_tiny_tokenizer
 
 from khala_mlx import KhalaError
+from khala_mlx.cli import main
 from khala_mlx.codec import Codec
 from khala_mlx.config import CodecConfig
 from khala_mlx.errors import ConfigError
@@ -115,6 +118,25 @@ def test_songs_become_training_data(sounds: Path, trained: Path, tmp_path: Path)
     assert [entry["split"] for entry in entries] == ["train", "train", "train", "valid"]
     assert entries[1]["tags"] == "tone, low"
     assert entries[1]["frames"] == 2 * 44100 // 128 + 1
+
+
+def test_prompts_are_held_to_a_limit_that_is_named(
+    sounds: Path, trained: Path, tmp_path: Path
+) -> None:
+    tokenizer = write_tiny_tokenizer(tmp_path / "tiny.json")
+    reasons = []
+    for limit in (200, 12):
+        tools = tools_of(tmp_path / "out", None, trained, tokenizer, limit)
+        with suppress(KhalaError):
+            prepare(sounds, tmp_path / "out", tools)
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        reasons.append({each["reason"] for each in report["skipped"]})
+    assert reasons == [set(), {"prompt"}]
+    assert "where the backbone allows 12" in report["skipped"][0]["detail"]
+    command = ["train", "prepare", str(sounds), str(tmp_path / "o"), "--model", "x"]
+    result = CliRunner().invoke(main, [*command, "--max-prompt", "9"])
+    assert result.exit_code == 2
+    assert "--max-prompt goes with --codec" in result.stderr
 
 
 def tones(seconds: float, pitches: np.ndarray) -> mx.array:

@@ -172,6 +172,18 @@ def test_a_song_is_learnt_and_sung_back(data: Path) -> None:
     assert np.array_equal(sung, song.codes[:2])
 
 
+def test_prompts_that_generation_would_refuse_are_not_learnt_from(
+    data: Path, tmp_path: Path
+) -> None:
+    short = dataclasses.replace(BackboneConfig.tiny(), max_prompt=9)
+    settings = dataclasses.replace(backbone_settings(), backbone=short)
+    with pytest.raises(KhalaError, match="max_prompt is 9: prepare the songs again"):
+        train_backbone(settings, data, tmp_path / "run")
+    small = dataclasses.replace(SuperResConfig.tiny(), max_prompt=8)
+    with pytest.raises(KhalaError, match="max_prompt is 8: prepare the songs again"):
+        train_superres(superres_settings(superres=small), data, tmp_path / "run")
+
+
 def test_the_loss_counts_audio_only() -> None:
     model = Backbone(BackboneConfig.tiny(), LAYOUT)
     ids = np.array([5, 6, 7, 300, 316, 301, LAYOUT.end_of_song])

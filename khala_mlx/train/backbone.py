@@ -14,7 +14,7 @@ import numpy as np
 from khala_mlx.backbone import Backbone
 from khala_mlx.config import TokenLayout
 from khala_mlx.train.loop import Run, save_part
-from khala_mlx.train.sequences import Example, padded, read_examples
+from khala_mlx.train.sequences import Example, check_prompt, padded, read_examples
 from khala_mlx.train.settings import BackboneTraining
 from khala_mlx.transformer import Transformer, projector
 from khala_mlx.weights import fill_part
@@ -104,6 +104,7 @@ def train_backbone(
     """
 
     def room(backbone: int, _: int) -> int:
+        check_prompt(backbone, settings.backbone.max_prompt)
         # One token is kept for the end of the song.
         return (settings.backbone.context - backbone - 1) // settings.tokens.num_coarse
 

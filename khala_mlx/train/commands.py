@@ -76,6 +76,11 @@ def superres(**options: Any) -> None:
 @click.option("--codec", "run", type=FOLDER, help="A codec run instead, with --tokenizer.")
 @click.option("--tokenizer", type=FOLDER, help="tokenizer.json that goes with --codec.")
 @click.option(
+    "--max-prompt",
+    type=click.IntRange(1),
+    help="With --codec: the most tokens that the models to train will take of a prompt.",
+)
+@click.option(
     "--valid-share",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.1,
@@ -94,7 +99,7 @@ def superres(**options: Any) -> None:
 @command
 def prepare(
     songs: Path, out: Path, model: str | None, run: Path | None, tokenizer: Path | None,
-    as_json: bool, **options: Any,
+    max_prompt: int | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Encode the songs in the folder SONGS for training, into OUT.
 
@@ -107,7 +112,9 @@ def prepare(
 
     if (model is None) == (run is None) or (run is None) != (tokenizer is None):
         raise click.UsageError("Give either --model, or --codec with --tokenizer.")
-    tools = tools_of(out, model, run, tokenizer)
+    if model is not None and max_prompt is not None:
+        raise click.UsageError("--max-prompt goes with --codec; a model knows its own.")
+    tools = tools_of(out, model, run, tokenizer, max_prompt)
     told = encode(songs, out, tools, on_progress=Progress(), **options)
     report(told if as_json else _prepared(told), as_json)
 

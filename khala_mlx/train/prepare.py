@@ -43,20 +43,34 @@ from khala_mlx.train.splits import draw_splits
 from khala_mlx.weights import find_model, load_part
 
 Progress = Callable[[str, int, int], None]
+STAGES = ("the backbone", "superres")
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What songs are prepared with. `config` is the model's; a codec run has none yet."""
+    """What songs are prepared with.
+
+    `config` is the model's; a codec run has none yet, and `max_prompt` tells how many tokens the
+    prompts of both language models may take, if that is known.
+    """
 
     codec: Codec
     tokenizer: Tokenizer
     config: KhalaConfig | None
+    max_prompt: int | None = None
 
     @property
     def layout(self) -> TokenLayout:
         """The model's token layout, else the usual one."""
         return TokenLayout() if self.config is None else self.config.tokens
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The most tokens that a prompt may take, by the model that reads it."""
+        if self.config is None:
+            return {} if self.max_prompt is None else dict.fromkeys(STAGES, self.max_prompt)
+        sizes = (self.config.backbone, self.config.superres)
+        return {stage: each.max_prompt for stage, each in zip(STAGES, sizes, strict=True)}
 
     @cached_property
     def identity(self) -> str:
@@ -82,7 +96,13 @@ class _Chosen:
     codes: str
 
 
-def tools_of(folder: Path, model: str | None, run: Path | None, tokenizer: Path | None) -> Tools:
+def tools_of(
+    folder: Path,
+    model: str | None,
+    run: Path | None,
+    tokenizer: Path | None,
+    max_prompt: int | None = None,
+) -> Tools:
     """The codec of a model, or of a codec run; its tokenizer is copied into `folder`.
 
     Raises:
@@ -107,7 +127,7 @@ def tools_of(folder: Path, model: str | None, run: Path | None, tokenizer: Path 
             temporary.write_bytes(tokenizer.read_bytes())
     elif target.read_bytes() != tokenizer.read_bytes():
         raise KhalaError(f"{folder} was prepared with another tokenizer; choose a new folder.")
-    return Tools(codec, reader, config)
+    return Tools(codec, reader, config, max_prompt)
 
 
 def prepare(
@@ -226,17 +246,18 @@ def _check_prompt(words: Words, minutes: int, tools: Tools) -> None:
     """Refuse what generation would refuse."""
     try:
         prompt = prompt_of(words.tags, words.lyrics, words.instrumental, minutes)
-        # The limits of models that are yet to be trained are not known.
-        if tools.config is not None:
-            _check_limits(prompt, tools.tokenizer, tools.config)
+        _check_limits(prompt, tools)
     except PromptError as error:
         raise Unusable("prompt", str(error)) from error
 
 
-def _check_limits(prompt: Prompt, tokenizer: Tokenizer, config: KhalaConfig) -> None:
-    ids = build_ids(prompt, config.tokens, tokenizer)
-    limits = {"the backbone": config.backbone.max_prompt, "superres": config.superres.max_prompt}
-    for taken, (stage, limit) in zip(map(len, ids), limits.items(), strict=True):
+def _check_limits(prompt: Prompt, tools: Tools) -> None:
+    if not tools.limits:
+        return
+    ids = build_ids(prompt, tools.layout, tools.tokenizer)
+    lengths = dict(zip(STAGES, map(len, ids), strict=True))
+    for stage, limit in tools.limits.items():
+        taken = lengths[stage]
         if taken > limit:
             raise PromptError(
                 f"Its prompt takes {taken} tokens where {stage} allows {limit}: shorten the "

@@ -69,12 +69,29 @@ def examples_of(
 def read_examples(
     folder: Path, layout: TokenLayout, room_behind: Callable[[int, int], int]
 ) -> list[list[Example]]:
-    """The examples of each of SPLITS in a prepared folder, by the tokenizer that lies in it."""
+    """The examples of each of SPLITS in a prepared folder, by the tokenizer that lies in it.
+
+    Raises:
+        KhalaError: if there are none, or `room_behind` says that a prompt is too long.
+    """
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
     tokenizer.check(layout)
     return [
         examples_of(read_coded(folder, split), layout, tokenizer, room_behind) for split in SPLITS
     ]
+
+
+def check_prompt(length: int, limit: int) -> None:
+    """Refuse to learn from a prompt of `length` tokens that generation would refuse.
+
+    Raises:
+        KhalaError: if it is above the `limit` of the model.
+    """
+    if length > limit:
+        raise KhalaError(
+            f"A song's prompt takes {length} tokens where max_prompt is {limit}: prepare the songs "
+            f"again with --max-prompt {limit}, which leaves such songs out."
+        )
 
 
 def padded(sequences: Sequence[np.ndarray], multiple: int = 32) -> np.ndarray:

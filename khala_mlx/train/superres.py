@@ -24,7 +24,7 @@ from khala_mlx.superres import SuperRes
 from khala_mlx.train.backbone import audio_loss
 from khala_mlx.train.codec import load_codec
 from khala_mlx.train.loop import Run, save_part
-from khala_mlx.train.sequences import Alike, Example, padded, read_examples
+from khala_mlx.train.sequences import Alike, Example, check_prompt, padded, read_examples
 from khala_mlx.train.settings import SuperResTraining
 from khala_mlx.weights import part_files, read_tensors
 
@@ -196,6 +196,7 @@ def train_superres(
     """
 
     def room(_: int, superres: int) -> int:
+        check_prompt(superres, settings.superres.max_prompt)
         return settings.superres.context - superres
 
     train, valid = read_examples(data, settings.tokens, room)
