@@ -1,4 +1,4 @@
-"""Sound and code files, and playback. Knows samples and paths, nothing of models."""
+"""Sound and code files. Knows samples and paths, nothing of models."""
 
 from __future__ import annotations
 
@@ -336,26 +336,3 @@ def load_codes(path: Path) -> np.ndarray:
     if codes.dtype.kind not in "iu" or codes.ndim != 2:
         raise AudioError(f"{path} is no .npz file with an integer array `codes` [K, T].")
     return np.asarray(codes)
-
-
-def play(waveform: np.ndarray, sample_rate: int) -> None:
-    """Play float samples [L, C] on the default device and wait for the end."""
-    check_waveform(waveform)
-    try:
-        # Raises OSError at import where PortAudio is missing, so it waits until now.
-        import sounddevice
-    except OSError as error:
-        raise AudioError(
-            "Playing needs PortAudio, which is missing here: install it (on Linux "
-            "`apt install libportaudio2`) or open the written file in a player."
-        ) from error
-    try:
-        sounddevice.play(waveform, sample_rate)
-        sounddevice.wait()
-    except sounddevice.PortAudioError as error:
-        raise AudioError(f"No sound could be played: {_reason(error)}.") from error
-
-
-def play_file(path: Path) -> None:
-    """Play a sound file of any rate and channel count; see `play`."""
-    play(*read_sound(path))

@@ -9,6 +9,7 @@ import click
 
 from khala_mlx.generate_command import generate
 from khala_mlx.options import FILE, finish_options, json_option, model_option
+from khala_mlx.play_command import play
 from khala_mlx.take_commands import refine, render
 from khala_mlx.terminal import OneLineErrors, Progress, command, report
 from khala_mlx.train.commands import train
@@ -29,7 +30,7 @@ def main() -> None:
     """
 
 
-for each in (generate, refine, render, train):
+for each in (generate, refine, render, play, train):
     main.add_command(each)
 
 
@@ -159,23 +160,23 @@ def decode(codes: Path, sound: Path, model: str, as_json: bool, **options: Any) 
 
 @main.command()
 @click.argument("path", type=FILE, metavar="FILE-OR-MODEL")
+@click.option(
+    "--plot",
+    type=FILE,
+    metavar="PNG",
+    help="Draw the waveform, a mel spectrogram and the tokens (png, svg, pdf).",
+)
 @json_option
 @command
-def info(path: Path, as_json: bool) -> None:
-    """Tell what a song, a codes file or a model folder holds."""
-    from khala_mlx.info import describe
+def info(path: Path, plot: Path | None, as_json: bool) -> None:
+    """Tell what a song, a take, a codes file or a model folder holds."""
+    from khala_mlx.info import describe, picture
 
-    report(describe(path), as_json)
-
-
-@main.command()
-@click.argument("path", type=FILE, metavar="FILE")
-@command
-def play(path: Path) -> None:
-    """Play a sound file."""
-    from khala_mlx.audio import play_file
-
-    play_file(path)
+    told = describe(path)
+    if plot:
+        picture(path, plot)
+        told["plot"] = str(plot)
+    report(told, as_json)
 
 
 def _summary(told: dict[str, Any]) -> dict[str, Any]:

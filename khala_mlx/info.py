@@ -9,12 +9,16 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from khala_mlx import tags
 from khala_mlx.audio import load_codes, read_sound
 from khala_mlx.config import KhalaConfig
 from khala_mlx.errors import AudioError, KhalaError, WeightsError
 from khala_mlx.loudness import MOST_CHANNELS, levels
+from khala_mlx.picture import check_picture, draw
 from khala_mlx.request import Request, recorded, sidecar_path
+from khala_mlx.song import take_path
 from khala_mlx.take import Take
 from khala_mlx.weights import PARTS, part_files
 
@@ -34,6 +38,28 @@ def describe(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return _take(path)
     return _sound(path)
+
+
+def picture(path: Path, plot: Path) -> None:
+    """Draw a sound with the codes beside it, a take or a codes file.
+
+    Raises:
+        KhalaError: if there is nothing to draw, or matplotlib is missing.
+    """
+    check_picture(plot)
+    if path.is_dir():
+        raise KhalaError(f"{path} is a model; only sounds, takes and codes can be drawn.")
+    if path.suffix == ".npz":
+        draw(plot, title=path.name, codes=load_codes(path))
+        return
+    if path.suffix == ".safetensors":
+        draw(plot, title=path.name, codes=_take_codes(path))
+        return
+    waveform, rate = read_sound(path)
+    take = take_path(path)
+    codes = _take_codes(take) if take.is_file() else None
+    frame_rate = None if codes is None else codes.shape[1] * rate / len(waveform)
+    draw(plot, title=path.name, sound=(waveform, rate), codes=codes, frame_rate=frame_rate)
 
 
 def _model(folder: Path) -> dict[str, Any]:
@@ -105,6 +131,13 @@ def _take(path: Path) -> dict[str, Any]:
     told = {"kind": "take", "layers": take.layers, "of_layers": take.num_codebooks}
     told |= {"frames": take.codes.shape[1], "whole": take.whole}
     return told | _song(take.metadata, str(path))
+
+
+def _take_codes(path: Path) -> np.ndarray:
+    codes = Take.load(path).codes
+    if not codes.size:
+        raise KhalaError(f"{path} holds no codes yet.")
+    return codes
 
 
 def _header(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from khala_mlx import audio
+from khala_mlx import audio, player
 from khala_mlx.errors import KhalaWarning
 from khala_mlx.files import appears_whole, check_destination
 from khala_mlx.finish import Finish
@@ -107,7 +107,8 @@ class Song:
 
     def play(self) -> None:
         """Play on the default device and wait for the end."""
-        audio.play(audio.fit_scale(self.waveform, normalize=True)[0], self.sample_rate)
+        waveform = audio.fit_scale(self.waveform, normalize=True)[0]
+        player.play(player.Track.whole(waveform, self.sample_rate))
 
     def _own_take(self) -> Take:
         return Take(self.metadata, self.codes, num_codebooks=len(self.codes))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from khala_mlx import audio
 from khala_mlx.errors import KhalaError
 from khala_mlx.files import check_destination, provisional
 from khala_mlx.finish import Finish
 from khala_mlx.options import FINISH, OF_THE_FILE, given
+from khala_mlx.player import play_written
 from khala_mlx.request import Request, sidecar_path
 from khala_mlx.song import take_path
 from khala_mlx.take import Take
@@ -91,7 +93,7 @@ def write_song(
         options["as_json"],
     )
     if options["play"]:
-        song.play()
+        play_written(audio.fit_scale(song.waveform, normalize=True)[0], song.sample_rate)
 
 
 def write_draft(
@@ -118,7 +120,7 @@ def write_draft(
         options["as_json"],
     )
     if options["play"]:
-        song.play()
+        play_written(audio.fit_scale(song.waveform, normalize=True)[0], song.sample_rate)
 
 
 def _made(

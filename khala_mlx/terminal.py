@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
+from khala_mlx import keys
 from khala_mlx.errors import KhalaError, KhalaWarning
 from khala_mlx.files import discard_unfinished
 
@@ -89,6 +90,7 @@ def command(work: Callable[P, R]) -> Callable[P, R]:
                         worker.join(0.1)
             except KeyboardInterrupt:
                 discard_unfinished()
+                keys.restore()
                 hint = f" {_hints[-1]}" if _hints else ""
                 click.echo(f"\nStopped; nothing half-written was left behind.{hint}", err=True)
                 sys.stdout.flush()

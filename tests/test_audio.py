@@ -1,4 +1,3 @@
-import sys
 import types
 import warnings
 from pathlib import Path
@@ -191,51 +190,6 @@ def test_wrong_code_files_are_refused(tmp_path: Path) -> None:
             audio.load_codes(tmp_path / f"{name}.npz")
     with pytest.raises(AudioError, match="integer array"):
         audio.load_codes(tmp_path / "array.npy")
-
-
-class FakeDevice(types.ModuleType):
-    class PortAudioError(Exception):
-        pass
-
-    def __init__(self, error: bool = False) -> None:
-        super().__init__("sounddevice")
-        self.error, self.played = error, None
-
-    def play(self, waveform: np.ndarray, rate: int) -> None:
-        if self.error:
-            raise self.PortAudioError("Error querying device -1")
-        self.played = (waveform.shape, rate)
-
-    def wait(self) -> None:
-        pass
-
-
-def test_playing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = FakeDevice()
-    monkeypatch.setitem(sys.modules, "sounddevice", device)
-    soundfile.write(tmp_path / "a.wav", tone()[:, 0], 22050)
-    audio.play_file(tmp_path / "a.wav")
-    assert device.played == ((22050, 1), 22050)
-    with pytest.raises(AudioError, match="cannot be read"):
-        audio.play_file(tmp_path / "absent.wav")
-
-
-def test_no_device_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sounddevice", FakeDevice(error=True))
-    with pytest.raises(AudioError, match=r"No sound could be played: Error querying device -1\.$"):
-        audio.play(tone(), 44100)
-
-
-def test_no_portaudio_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
-        def find_spec(self, name: str, *_: Any) -> None:
-            if name == "sounddevice":
-                raise OSError("PortAudio library not found")
-
-    monkeypatch.delitem(sys.modules, "sounddevice", raising=False)
-    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    with pytest.raises(AudioError, match="needs PortAudio"):
-        audio.play(tone(), 44100)
 
 
 def test_a_file_cut_by_a_full_disk_is_found(

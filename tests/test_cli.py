@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import pty
@@ -5,13 +6,16 @@ import re
 import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import fake_sounddevice
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -176,11 +180,35 @@ def test_dry_run_shows_the_prompt_and_loads_nothing(tiny_folder: Path) -> None:
 
 
 def test_play(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    played: list[int] = []
-    monkeypatch.setattr("khala_mlx.audio.play", lambda wave, rate: played.append(rate))
+    device = fake_sounddevice.install(monkeypatch)
     assert generate(tiny_folder, "--play").exit_code == 0
     assert run("play", "song.wav").exit_code == 0
-    assert played == [44100, 44100]
+    assert device.format == (44100, 2)
+    assert len(device.heard) >= 2 * soundfile.info("song.wav").frames
+    failed(run("play", "absent.wav"), "cannot be read")
+
+
+def test_play_a_take(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate(tiny_folder, "--bit-depth", "float", "--no-normalize")
+    device = fake_sounddevice.install(monkeypatch)
+    result = run("play", "song.take.safetensors")
+    assert result.exit_code == 0, result.stderr
+    wave = soundfile.read("song.wav", always_2d=True)[0].clip(-1, 1)
+    heard = device.heard[device.heard.any(axis=1)]
+    assert np.abs(heard - wave[wave.any(axis=1)]).max() < 1e-4
+    device = fake_sounddevice.install(monkeypatch, error="gone")
+    failed(run("play", "song.take.safetensors"), "No sound could be played")
+
+
+def test_without_a_device_the_song_is_written(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_sounddevice.install(monkeypatch, error="Error querying device -1")
+    result = generate(tiny_folder, "--play")
+    assert result.exit_code == 0
+    assert "Warning: No sound could be played, there may be no audio device" in result.stderr
+    assert names() == ["song.json", "song.take.safetensors", "song.wav"]
+    failed(run("play", "song.wav"), "No sound could be played")
 
 
 def test_encode_and_decode(tiny_folder: Path) -> None:
@@ -208,6 +236,26 @@ def test_info(tiny_folder: Path) -> None:
     assert json.loads(run("info", "a.wav", "--json").stdout)["tags"] == "pop"
     soundfile.write("a.wav", np.zeros((500, 2)), 44100)
     assert "tags" not in json.loads(run("info", "a.wav", "--json").stdout)
+
+
+def test_info_draws(tiny_folder: Path) -> None:
+    generate(tiny_folder, "-o", "a.wav")
+    run("encode", "a.wav", "codes.npz", "-m", tiny_folder)
+    for name in ("a.wav", "a.take.safetensors", "codes.npz"):
+        told = json.loads(run("info", name, "--plot", f"{name}.png", "--json").stdout)
+        assert Path(told["plot"]).stat().st_size > 5000
+    # Without the tokens it has one panel less.
+    Path("a.take.safetensors").unlink()
+    run("info", "a.wav", "--plot", "alone.png")
+    assert image_height("alone.png") < image_height("a.wav.png")
+    failed(run("info", "a.wav", "--plot", "alone.png"), "exists already")
+    failed(run("info", tiny_folder, "--plot", "m.png"), "is a model")
+
+
+def image_height(name: str) -> int:
+    from matplotlib.image import imread
+
+    return int(imread(name).shape[0])
 
 
 def test_info_refuses_what_it_does_not_know(tiny_folder: Path) -> None:
@@ -430,6 +478,53 @@ def test_a_terminal_gets_a_bar_with_the_time_left(tiny_folder: Path) -> None:
     assert "left" in text
     assert "taken" in text
     assert "100 %" in text
+
+
+PACED = """
+import time
+from khala_mlx.terminal import Progress
+progress = Progress()
+began = time.monotonic()
+for done in range(61):
+    progress("refine", done, 60)
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("columns", [80, 30])
+def test_the_time_left_is_right_after_a_tenth(columns: int) -> None:
+    """Within 25 % of what was left, and the second that the display rounds away."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 5, columns, 0, 0))
+    code = PACED.replace("0.05", "0.1") if columns == 80 else PACED.replace("0.05", "0.01")
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=follower)
+    os.close(follower)
+    seen: list[tuple[float, str]] = []
+    while select.select([leader], [], [], 30)[0]:
+        try:
+            data = os.read(leader, 4096)
+        except OSError:
+            break
+        if not data:
+            break
+        seen += [(time.monotonic(), line) for line in data.decode().split("\r") if line.strip()]
+    assert process.wait(timeout=30) == 0
+    os.close(leader)
+    assert all(len(line.replace("\x1b[K", "").rstrip("\n")) < columns for _, line in seen)
+    # No colour: the only escape is the one that clears the rest of the line.
+    assert not any("\x1b" in line.replace("\x1b[K", "") for _, line in seen)
+    if columns < 80:
+        return
+    end = seen[-1][0]
+    checked = 0
+    for at, line in seen:
+        percent = int(line.split(" %")[0].split()[-1])
+        if 10 <= percent < 100:
+            minutes, seconds = line.split(" left")[0].split()[-1].split(":")
+            left = int(minutes) * 60 + int(seconds)
+            assert abs(left - (end - at)) <= 0.25 * (end - at) + 1, line
+            checked += 1
+    assert checked > 40
 
 
 def test_bars_fit_a_narrow_window(

@@ -7,6 +7,8 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
+from khala_mlx.mel import mel_bank
+
 # Window lengths of the multi-resolution spectra, in samples; hops are a quarter of them.
 RESOLUTIONS = (256, 512, 1024, 2048)
 _FLOOR = 1e-5
@@ -83,14 +85,4 @@ def _hann(length: int) -> mx.array:
 
 @lru_cache
 def _mel_bank(sample_rate: int, bands: int, length: int) -> mx.array:
-    """Triangular filters [length // 2 + 1, bands], spaced on O'Shaughnessy's mel scale."""
-
-    def mel(hz: float) -> float:
-        return 2595 * float(np.log10(1 + hz / 700))
-
-    edges = 700 * (10 ** (np.linspace(0, mel(sample_rate / 2), bands + 2) / 2595) - 1)
-    bins = np.fft.rfftfreq(length, 1 / sample_rate)[:, None]
-    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
-    bank = np.maximum(0, np.minimum(rising, falling))
-    return mx.array((bank / np.maximum(bank.sum(0), 1e-9)).astype(np.float32))
+    return mx.array(mel_bank(sample_rate, bands, length))

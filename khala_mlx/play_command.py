@@ -1,0 +1,47 @@
+"""`khala play`: a file, or a take while it is rendered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from khala_mlx.options import FILE, adapter_options, model_option
+from khala_mlx.terminal import command
+
+
+@click.command()
+@click.argument("path", type=FILE, metavar="FILE-OR-TAKE")
+@model_option
+@adapter_options
+@command
+def play(path: Path, **options: Any) -> None:
+    """Play a sound file, or a take as far as it is refined; the keys are shown."""
+    from khala_mlx.audio import read_sound
+    from khala_mlx.player import Track, play_in_terminal
+
+    if path.suffix == ".safetensors":
+        _play_take(path, options)
+    else:
+        play_in_terminal(Track.whole(*read_sound(path)))
+
+
+def _play_take(path: Path, options: dict[str, Any]) -> None:
+    from khala_mlx.errors import KhalaError
+    from khala_mlx.player import Track, heard_while_made
+    from khala_mlx.song_files import open_model
+    from khala_mlx.take import Take
+
+    take = Take.load(path)
+    if not take.layers:
+        raise KhalaError(f"{path} holds no codes yet: go on with `khala generate --resume {path}`.")
+    khala = open_model(options, take)
+    codes = khala.adopt(take, same=False).codes
+    codec = khala.config.codec
+    track = Track(codes.shape[1] * codec.hop, codec.channels, codec.sample_rate)
+    with heard_while_made(track) as listened:
+        for block in khala.codec.decode_stream(codes):
+            track.add(block)
+            if not listened():
+                break
