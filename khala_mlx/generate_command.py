@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -9,8 +13,10 @@ import click
 from khala_mlx.options import (
     FILE,
     OF_THE_FILE,
+    ClockTime,
     adapter_options,
     finish_options,
+    flag,
     given,
     json_option,
     model_option,
@@ -20,7 +26,7 @@ from khala_mlx.options import (
     tag_options,
     typed,
 )
-from khala_mlx.terminal import command, report
+from khala_mlx.terminal import Progress, command, report
 
 TEXT_MODES = click.Choice(["same_as_backbone", "same_as_backbone_no_description", "separate"])
 # Layers of a draft: after six steps of 62 the ear has most of what it judges a song by.
@@ -69,6 +75,20 @@ _WITH_RESUME |= {"draft", *OF_THE_FILE}
     help="Draw from the tokens that can follow, or from all as upstream does.",
 )
 @click.option("--like", type=FILE, help="Take all that is not given here from a song or song.json.")
+@click.option(
+    "--continue",
+    "beginning",
+    type=FILE,
+    metavar="TAKE-OR-AUDIO",
+    help="Begin with this song, a take or any sound file, and compose what follows.",
+)
+@click.option(
+    "--from",
+    "until",
+    type=ClockTime(),
+    metavar="TIME",
+    help="Keep it only up to here, such as 1:12, and compose the rest anew.",
+)
 @click.option("--resume", type=FILE, metavar="TAKE", help="Go on with a take where it stopped.")
 @click.option(
     "--draft",
@@ -89,6 +109,8 @@ _WITH_RESUME |= {"draft", *OF_THE_FILE}
 @command
 def generate(**options: Any) -> None:
     """Make a song from tags and lyrics."""
+    if options["until"] is not None and not options["beginning"]:
+        raise click.UsageError("--from says up to where --continue keeps a song: give both.")
     if options["resume"]:
         _resume(options)
     else:
@@ -97,22 +119,69 @@ def generate(**options: Any) -> None:
 
 def _generate(options: dict[str, Any]) -> None:
     from khala_mlx.audio import check_output
-    from khala_mlx.song import check_free, warn_other_adapters, warn_other_model
+    from khala_mlx.request import Request
+    from khala_mlx.song import (
+        check_free,
+        warn_continued,
+        warn_other_adapters,
+        warn_other_model,
+    )
     from khala_mlx.song_files import finish_of, free_name, open_model, write_draft, write_song
 
     output = options["output"] or free_name()
     check_output(output, finish_of(options).bit_depth)
     check_free(output)
-    request = _request(options)
-    khala = open_model(options)
+    if options["lyrics_file"] is not None:
+        if options["lyrics"]:
+            raise click.UsageError("--lyrics and --lyrics-file exclude each other.")
+        options["lyrics"] = _read_lyrics(options["lyrics_file"])
+    base = Request.from_sidecar(options["like"]) if options["like"] else None
+    if not options["beginning"]:
+        request = _request(options, base)
+    khala = open_model(options, _take_of(options["beginning"]))
     if options["like"]:
         warn_other_model(options["like"], khala.identity)
         warn_other_adapters(options["like"], khala.adapters)
+        warn_continued(options["like"], options["beginning"])
+    kept = None
+    if options["beginning"]:
+        kept, request = _continued(khala, options, base)
     if options["dry_run"]:
         report(khala.plan(request), options["as_json"])
         return
+    take = khala.begin(request, kept.codes if kept else None)
+    if kept:
+        take.metadata["continued"] = kept.told
     write = write_song if options["draft"] is None else write_draft
-    write(khala, khala.begin(request), output, options)
+    write(khala, take, output, options)
+
+
+def _take_of(beginning: Path | None) -> Any:
+    """The take that names the model, where the song goes on from one."""
+    from khala_mlx.take import Take
+
+    if beginning is None or beginning.suffix != ".safetensors":
+        return None
+    return Take.load(beginning)
+
+
+def _continued(khala: Any, options: dict[str, Any], base: Any) -> tuple[Any, Any]:
+    """The beginning of --continue, and the request of what follows it."""
+    from khala_mlx.beginning import longer, read_beginning
+
+    progress = Progress()
+    beginning = read_beginning(
+        khala,
+        options["beginning"],
+        options["until"],
+        lambda done, total: progress("encode", done, total),
+    )
+    khala.release("codec")
+    most = khala.config.tokens.max_minutes
+    base = longer(base or beginning.request, beginning, most)
+    if not given("seed"):
+        options["seed"] = secrets.randbelow(2**32)
+    return beginning, _request(options, base, {"seed"})
 
 
 def _resume(options: dict[str, Any]) -> None:
@@ -128,7 +197,7 @@ def _resume(options: dict[str, Any]) -> None:
     from khala_mlx.take import Take, song_path
 
     if extra := sorted(name for name in options if typed(name) and name not in _WITH_RESUME):
-        names = ", ".join("--" + name.replace("_", "-") for name in extra)
+        names = ", ".join(map(flag, extra))
         raise click.UsageError(f"--resume takes everything from the take; leave out {names}.")
     path = options["resume"]
     take = Take.load(path)
@@ -146,27 +215,19 @@ def _resume(options: dict[str, Any]) -> None:
     write(khala, khala.adopt(take), output, options, resumed=own)
 
 
-def _request(options: dict[str, Any]) -> Any:
-    """The request of the options, over that of --like where an option was not given."""
-    import dataclasses
-    import secrets
-
+def _request(options: dict[str, Any], base: Any, always: Iterable[str] = ()) -> Any:
+    """The request of the options, over `base`, if there is one, where an option was not given."""
     from khala_mlx.request import Request
 
-    if options["lyrics_file"] is not None:
-        if options["lyrics"]:
-            raise click.UsageError("--lyrics and --lyrics-file exclude each other.")
-        options["lyrics"] = _read_lyrics(options["lyrics_file"])
-    base = Request.from_sidecar(options["like"]) if options["like"] else Request()
     names = {field.name for field in dataclasses.fields(Request)}
-    given = {
+    chosen = {
         name: value
         for name, value in options.items()
-        if name in names and (options["like"] is None or _set_here(name))
+        if name in names and (base is None or name in always or _set_here(name))
     }
-    if given.get("seed", 0) is None:
-        given["seed"] = secrets.randbelow(2**32)
-    return dataclasses.replace(base, **given)
+    if chosen.get("seed", 0) is None:
+        chosen["seed"] = secrets.randbelow(2**32)
+    return dataclasses.replace(base or Request(), **chosen)
 
 
 def _set_here(name: str) -> bool:

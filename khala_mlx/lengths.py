@@ -11,6 +11,8 @@ from khala_mlx.request import Request
 
 # Songs run past the minutes asked for; upstream's progress bar allows for 0.8 more.
 SPARE_MINUTES = 0.8
+# Seconds that a song goes on for at least behind a beginning, if they fit.
+LEAST_ADDED = 5.0
 
 
 def backbone_room(config: KhalaConfig, prompt_length: int) -> int:
@@ -56,13 +58,29 @@ def frame_budget(
     return most, min(most, math.ceil(least * rate))
 
 
+def budget_behind(config: KhalaConfig, budget: tuple[int, int], begun: int) -> tuple[int, int]:
+    """(most, least) frames of a song whose first `begun` frames are there already.
+
+    Raises:
+        KhalaError: if the song may be no longer than that.
+    """
+    (most, least), rate = budget, config.codec.frame_rate
+    if begun >= most:
+        raise KhalaError(
+            f"The beginning lasts {clock_time(begun / rate)} and the song may last "
+            f"{clock_time(most / rate)}: keep less of it, or ask for more --minutes or --seconds."
+        )
+    # A beginning that was a whole song leads straight to its end otherwise.
+    return most, min(most, max(least, begun + math.ceil(LEAST_ADDED * rate)))
+
+
 def warn_window(config: KhalaConfig, frames: int, fit: int) -> None:
     """Tell that `frames` were cut to the `fit` of the trained window."""
     rate = config.codec.frame_rate
     warnings.warn(
-        f"{_clock_time(frames / rate)} of song do not fit the window the backbone was trained on "
+        f"{clock_time(frames / rate)} of song do not fit the window the backbone was trained on "
         f"({config.backbone.context} tokens): with this prompt the longest is "
-        f"{_clock_time(fit / rate)}.",
+        f"{clock_time(fit / rate)}.",
         KhalaWarning,
         stacklevel=4,
     )
@@ -72,5 +90,6 @@ def _frames(seconds: float, rate: float) -> int:
     return max(1, math.ceil(seconds * rate))
 
 
-def _clock_time(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
+    """75.0 -> 1:15"""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,28 @@ adapter_options = together(
 )
 
 
+_TIME = re.compile(r"(?:(?:(\d{1,3}):)?(\d{1,3}):)?(\d{1,6}(?:\.\d{1,9})?)")
+
+
+class ClockTime(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2
+    """Seconds, as 72, 72.5, 1:12 or 1:02:03."""
+
+    name = "time"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        if isinstance(value, (int, float)):
+            return float(value)
+        match = re.fullmatch(
+            r"(?:(?:(\d{1,3}):)?(\d{1,3}):)?(\d{1,6}(?:\.\d{1,9})?)", value.strip()
+        )
+        if match is None:
+            self.fail(f"{value!r} is no time such as 1:12 or 72.5.", param, ctx)
+        hours, minutes, seconds = (float(part or 0) for part in match.groups())
+        return hours * 3600 + minutes * 60 + seconds
+
+
 def given(name: str) -> bool:
     """Whether the option was set, by whatever means, instead of left to its default."""
     source = click.get_current_context().get_parameter_source(name)
@@ -94,6 +117,12 @@ def given(name: str) -> bool:
 def typed(name: str) -> bool:
     """Whether the option stands on this command line."""
     return click.get_current_context().get_parameter_source(name) == ParameterSource.COMMANDLINE
+
+
+def flag(name: str) -> str:
+    """How the option `name` is written on the command line."""
+    parameters = click.get_current_context().command.params
+    return max(next(p.opts for p in parameters if p.name == name), key=len)
 
 
 def recorded(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from khala_mlx import tokens
 from khala_mlx.audio import SILENCE
 from khala_mlx.clock import Progress, timed
 from khala_mlx.errors import KhalaError, KhalaWarning
-from khala_mlx.lengths import frame_budget
+from khala_mlx.lengths import budget_behind, frame_budget
 from khala_mlx.prompt import prompt_ids, prompt_texts
 from khala_mlx.request import Request
 from khala_mlx.sampling import check_sampling, stage_key
@@ -116,9 +116,10 @@ class Khala(Stages):
         request: Request,
         on_progress: Progress | None = None,
         on_take: OnTake | None = None,
+        kept: np.ndarray | None = None,
     ) -> Song:
-        """Make the song of a recorded request; see `generate`."""
-        return self.make(self.begin(request), on_progress, on_take)
+        """Make the song of a recorded request; see `generate`, and `begin` for `kept`."""
+        return self.make(self.begin(request, kept), on_progress, on_take)
 
     def fulfil_many(
         self, request: Request, seeds: Sequence[int], on_progress: Progress | None = None
@@ -136,7 +137,8 @@ class Khala(Stages):
         """The take of a song of which nothing is composed yet. Loads nothing.
 
         Args:
-            kept: codes [k, T0] of a beginning that is taken over.
+            kept: codes [k, T0] of a beginning that is taken over, the coarse layers at least;
+                they stay, what follows is composed behind them, and refining sees the whole.
 
         Raises:
             KhalaError: if the request cannot be served.
@@ -151,19 +153,24 @@ class Khala(Stages):
         stage_key(_refine_seed(request), 1)
         backbone_ids, superres_ids = self._request_ids(request)
         lengths = len(backbone_ids), len(superres_ids)
+        budget = frame_budget(self.config, request, *lengths)
+        if kept is not None and kept.size:
+            budget = budget_behind(self.config, budget, kept.shape[1])
         return Take(
             self._metadata(request, lengths),
             kept=no_codes() if kept is None else kept,
             prompts=(backbone_ids.tolist(), superres_ids.tolist()),
-            budget=frame_budget(self.config, request, *lengths),
+            budget=budget,
             num_codebooks=self.config.tokens.num_codebooks,
             source=self.source,
         )
 
-    def begin_many(self, request: Request, seeds: Sequence[int]) -> list[Take]:
+    def begin_many(
+        self, request: Request, seeds: Sequence[int], kept: np.ndarray | None = None
+    ) -> list[Take]:
         """`begin` for each of `seeds` (not the request's own)."""
         check_seeds(seeds)
-        take = self.begin(request)
+        take = self.begin(request, kept)
         return [take.with_request(replace(request, seed=seed)) for seed in seeds]
 
     def adopt(self, take: Take, *, same: bool = True) -> Take:
@@ -198,6 +205,8 @@ class Khala(Stages):
             coarse, refined = np.split(take.codes[:layers], [layout.num_coarse])
             self._set_codes(fresh, tokens.check_begun(layout, coarse, refined))
         fresh.options = take.options
+        if "continued" in take.metadata:
+            fresh.metadata["continued"] = take.metadata["continued"]
         return fresh
 
     def make(
@@ -241,14 +250,18 @@ class Khala(Stages):
     ) -> None:
         """Compose those of some takes that have no codes yet; see `make_many`."""
         if new := [take for take in takes if not take.layers]:
-            request, (most, least) = new[0].request, new[0].budget
+            request, layout = new[0].request, self.config.tokens
+            kept, (most, least) = new[0].kept[: layout.num_coarse], new[0].budget
+            prompt, begun = np.array(new[0].prompts[0]), kept.shape[1]
+            if begun:
+                prompt = np.concatenate([prompt, tokens.interleave(layout, kept)])
             shared: dict[str, float] = {}
             with timed(shared, "compose", on_progress) as progress:
                 composed = self.compose_many(
-                    np.array(new[0].prompts[0]),
+                    prompt,
                     seeds=[take.request.seed for take in new],
-                    max_frames=most,
-                    min_frames=least,
+                    max_frames=most - begun,
+                    min_frames=max(0, least - begun),
                     temperature=request.temperature,
                     top_k=request.top_k,
                     reachable_only=request.reachable_only,
@@ -256,7 +269,7 @@ class Khala(Stages):
                 )
             for take, coarse in zip(new, composed, strict=True):
                 if coarse.size:
-                    self._set_codes(take, coarse)
+                    self._set_codes(take, np.hstack([kept, coarse]) if begun else coarse)
                     take.metadata["timings"]["compose"] = round(shared["compose"] / len(new), 3)
                     (on_take or (lambda _: None))(take)
         self._done_with("backbone")

@@ -163,6 +163,18 @@ def warn_other_model(path: Path, identity: str) -> None:
         )
 
 
+def warn_continued(path: Path, beginning: Path | None) -> None:
+    """Warn if the song of a record had a beginning taken over, and there is none now."""
+    told = recorded(path).get("continued")
+    if isinstance(told, dict) and beginning is None:
+        warnings.warn(
+            f"The song of {path} goes on from {shown(told.get('file'))}: without --continue this "
+            "is another song.",
+            KhalaWarning,
+            stacklevel=2,
+        )
+
+
 def warn_other_adapters(sidecar: Path, adapters: list[dict[str, Any]]) -> None:
     """Warn if a song.json names other adapters than these (see Khala.adapters)."""
     model = recorded(sidecar).get("model")

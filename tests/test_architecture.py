@@ -18,7 +18,7 @@ RANKS = [
     {"backbone", "superres", "codec", "prompt", "weights", "finish", "picture", "lora"},
     {"request"},
     {"take", "lengths"},
-    {"song", "stages"},
+    {"song", "stages", "beginning"},
     {"pipeline", "info"},
     {"terminal"},
     {"song_files"},

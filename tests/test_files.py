@@ -1,9 +1,13 @@
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from khala_mlx.errors import KhalaError
-from khala_mlx.files import appears_whole, check_destination, discard_unfinished
+from khala_mlx.files import appears_whole, check_destination, discard_unfinished, provisional
 
 
 def test_a_file_appears_when_whole(tmp_path: Path) -> None:
@@ -101,3 +105,51 @@ def test_a_place_is_checked_before_the_work(tmp_path: Path) -> None:
             check_destination(path)
     with pytest.raises(KhalaError, match="exists already"):
         check_destination(tmp_path / "file")
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with appears_whole(tmp_path / "song.wav") as ours:
+        mine = ours.name
+        ours.write_text("half")
+        dead = [mine.replace(str(os.getpid()), str(number)) for number in (ended.pid, 2**70)]
+        alive = mine.replace(str(os.getpid()), str(os.getppid()))
+        elsewhere = re.sub("khala-......-", "khala-000000-", dead[0])
+        for name in (*dead, alive, elsewhere, ".song.wav", "song.khala-1.wav"):
+            (tmp_path / name).write_text("x")
+        (tmp_path / dead[0].replace(".wav", "")).mkdir()
+        check_destination(tmp_path / "other.wav")
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {mine, alive, elsewhere, ".song.wav", "song.khala-1.wav"}
+    # Of this very process, which may have got the number of a dead one.
+    (tmp_path / mine).write_text("x")
+    with appears_whole(tmp_path / "third.wav") as path:
+        path.write_text("x")
+    assert mine not in {path.name for path in tmp_path.iterdir()}
+
+
+def test_sweeping_follows_no_links(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").write_text("x")
+    with appears_whole(tmp_path / "a.wav") as path:
+        name = path.name
+        path.write_text("x")
+    (tmp_path / name).symlink_to(tmp_path / "kept")
+    check_destination(tmp_path / "b.wav")
+    assert (tmp_path / "kept" / "file").exists()
+    assert not (tmp_path / name).is_symlink()
+
+
+def test_what_is_provisional_goes_unless_settled(tmp_path: Path) -> None:
+    path = tmp_path / "take"
+    for settled in (False, True):
+        path.write_text("x")
+        with pytest.raises(ValueError), provisional(path) as settle:  # noqa: PT011
+            if settled:
+                settle()
+            raise ValueError
+        assert path.exists() == settled
+    with provisional(path):
+        discard_unfinished()
+    assert not path.exists()

@@ -191,3 +191,56 @@ def test_bad_arguments_are_refused(
 def test_hidden_checks_its_rows(tiny: Khala) -> None:
     with pytest.raises(KhalaError, match=r"\[B, S, C\]"):
         tiny.superres.hidden(np.zeros((1, 3), int))
+
+
+@pytest.mark.parametrize("context", [384, 40])
+def test_refining_in_parts_gives_the_same(tiny: Khala, context: int) -> None:
+    """Also where the song is longer than the window, so that windows follow each other."""
+    config = replace(tiny.config.superres, context=context, max_prompt=20)
+    model = SuperRes(config, tiny.config.tokens)
+    model.update(tiny.superres.parameters())
+    prompt, coarse = np.arange(7), np.random.default_rng(0).integers(0, 16, (2, 90))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KhalaWarning)
+        whole = model.refine(prompt, coarse, key=KEY)
+        codes = coarse
+        for layers in (3, 6, 8):
+            codes = model.refine(prompt, coarse, refined=codes[2:], layers=layers, key=KEY)
+            assert np.array_equal(codes, whole[:layers])
+
+
+@pytest.mark.parametrize(("context", "layers", "frames"), [(384, 8, 20), (40, 8, 60), (384, 4, 20)])
+def test_kept_codes_stay_and_are_seen(tiny: Khala, context: int, layers: int, frames: int) -> None:
+    config = replace(tiny.config.superres, context=context, max_prompt=20)
+    model = SuperRes(config, tiny.config.tokens)
+    model.update(tiny.superres.parameters())
+    prompt, rng = np.arange(7), np.random.default_rng(0)
+    kept, coarse = rng.integers(0, 16, (layers, frames)), rng.integers(0, 16, (2, 90))
+    coarse[:, :frames] = kept[:2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KhalaWarning)
+        free = model.refine(prompt, coarse, key=KEY)
+        codes = model.refine(prompt, coarse, kept=kept, key=KEY)
+        parts = model.refine(prompt, coarse, kept=kept, layers=5, key=KEY)
+        parts = model.refine(prompt, coarse, kept=kept, refined=parts[2:], key=KEY)
+    assert np.array_equal(codes[:layers, :frames], kept)
+    assert not np.array_equal(codes[2:, frames:], free[2:, frames:])
+    assert np.array_equal(parts, codes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"layers": 1}, "layers has to be a whole number 2..8"),
+        ({"layers": 9}, "layers has to be"),
+        ({"layers": 3.0}, "layers has to be"),
+        ({"refined": np.zeros((2, 3), int)}, "refined codes have 3 frames"),
+        ({"refined": np.zeros((7, 4), int)}, "shape"),
+        ({"refined": np.zeros((2, 4), int), "layers": 3}, "4..8"),
+        ({"kept": np.ones((2, 2), int)}, "are to stay"),
+        ({"kept": np.zeros((2, 5), int)}, "are to stay"),
+    ],
+)
+def test_what_cannot_be_gone_on_with(tiny: Khala, arguments: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(KhalaError, match=sentence):
+        tiny.refine(np.arange(5), np.zeros((2, 4), int), **arguments)

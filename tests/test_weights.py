@@ -14,8 +14,8 @@ from khala_mlx import Khala, KhalaError, weights
 from khala_mlx.backbone import Backbone
 from khala_mlx.config import KhalaConfig
 from khala_mlx.convert import convert
-from khala_mlx.errors import KhalaWarning
-from khala_mlx.weights import load_part
+from khala_mlx.errors import KhalaWarning, WeightsError
+from khala_mlx.weights import fingerprint, load_part
 
 
 @pytest.fixture
@@ -249,3 +249,17 @@ def test_the_dtype_can_be_chosen(tiny_folder: Path, tiny: Khala) -> None:
     assert half.compose(np.arange(5), max_frames=3, min_frames=3).shape == (2, 3)
     with pytest.raises(KhalaError, match="dtype has to be one of"):
         Khala.from_pretrained(tiny_folder, dtype="float64")
+
+
+def test_a_fingerprint_tells_models_apart(tiny_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_folder, copy)
+    assert fingerprint(copy) == fingerprint(tiny_folder)
+    for name in ("config.json", "superres.safetensors"):
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert fingerprint(copy) != fingerprint(tiny_folder)
+        (copy / name).write_bytes(content)
+    (copy / "codec.safetensors").unlink()
+    with pytest.raises(WeightsError, match="lacks codec"):
+        fingerprint(copy)

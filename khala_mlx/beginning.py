@@ -1,0 +1,111 @@
+"""The beginning that a song goes on from: a take's codes, or any sound through the codec."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from khala_mlx.audio import read_audio
+from khala_mlx.errors import KhalaError, KhalaWarning
+from khala_mlx.lengths import clock_time
+from khala_mlx.names import shown
+from khala_mlx.request import Request
+from khala_mlx.take import Take
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a song goes on from.
+
+    Attributes:
+        codes: int [k, T0], k at least the coarse layers.
+        request: what was asked for when it was made, where that is known.
+        told: file, frames, seconds and the sha256 of the codes, for the sidecar.
+    """
+
+    codes: np.ndarray
+    request: Request
+    told: dict[str, Any]
+
+
+def read_beginning(
+    khala: Any,
+    source: Path,
+    until: float | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Beginning:
+    """The codes of a take or a sound file before `until` seconds, or all of them.
+
+    Raises:
+        KhalaError: if the file cannot be read or holds nothing before that point.
+    """
+    rate = khala.config.codec.frame_rate
+    if source.suffix == ".safetensors":
+        codes, request = _of_take(khala, source)
+    else:
+        codes, request = _of_sound(khala, source, on_progress)
+    total = codes.shape[1]
+    frames = total if until is None else math.floor(until * rate)
+    if not 1 <= frames <= total:
+        raise KhalaError(
+            f"{source} lasts {clock_time(total / rate)}: --from has to lie inside it, and above 0."
+        )
+    codes = codes[:, :frames]
+    told = {
+        "file": source.name,
+        "frames": frames,
+        "seconds": round(frames / rate, 3),
+        "codes_sha256": hashlib.sha256(codes.astype("<i4").tobytes()).hexdigest(),
+    }
+    return Beginning(codes, request, told)
+
+
+def longer(request: Request, beginning: Beginning, most_minutes: int) -> Request:
+    """`request` without the length it had, its minutes such that the song can go on."""
+    minutes = int(beginning.told["seconds"]) // 60 + 1
+    return replace(
+        request,
+        minutes=min(max(request.minutes, minutes), most_minutes),
+        seconds=None,
+        min_seconds=0.0,
+        refine_seed=None,
+    )
+
+
+def _of_take(khala: Any, path: Path) -> tuple[np.ndarray, Request]:
+    take = Take.load(path)
+    if not take.layers:
+        raise KhalaError(f"{path} holds no codes yet: go on with `khala generate --resume {path}`.")
+    model = take.metadata["model"]
+    if model.get("config_sha256", khala.identity) != khala.identity:
+        warnings.warn(
+            f"{path} was made by another model ({shown(model.get('name'))}); if that had another "
+            "codec, the beginning will be noise.",
+            KhalaWarning,
+            stacklevel=3,
+        )
+    return take.codes, take.request
+
+
+def _of_sound(
+    khala: Any, path: Path, on_progress: Callable[[int, int], None] | None
+) -> tuple[np.ndarray, Request]:
+    config = khala.config.codec
+    waveform = read_audio(path, config.sample_rate, config.channels)
+    # Whole frames: the codec would fill the last one up with silence, amid the song.
+    whole = len(waveform) // config.hop * config.hop
+    if not whole:
+        raise KhalaError(f"{path} is shorter than one frame, {config.hop} samples.")
+    codes = khala.codec.encode(waveform[:whole], on_progress=on_progress)
+    try:
+        request = Request.from_sidecar(path)
+    except KhalaError:
+        request = Request()
+    return codes, request
