@@ -64,10 +64,12 @@ def spread(prompt: list[Any], caches: list[Any], rows: int) -> None:
 
 
 def keep_rows(caches: list[Any], rows: mx.array) -> None:
-    """Drop all rows of the batch but these, layer by layer."""
+    """Drop all rows of the batch but these, array by array: one is there twice at a time."""
     for cache in caches:
-        cache.keys, cache.values = tree_map(lambda x: x[rows], (cache.keys, cache.values))
-        mx.eval(cache.keys, cache.values)
+        for name in ("keys", "values"):
+            kept = tree_map(lambda x: x[rows], getattr(cache, name))
+            setattr(cache, name, kept)
+            mx.eval(kept)
 
 
 def attend_packed(q: mx.array, k: Any, v: Any, cache: Any, *, scale: float) -> mx.array:

@@ -276,10 +276,7 @@ class Codec(nn.Module):
 
     def decode_bytes(self, chunk_frames: int) -> int:
         """About the bytes that `decode` needs beside the parameters and its result."""
-        config = self.config
-        packed = max(block.up.weight.size for block in self.decoder.blocks)
-        frames = chunk_frames + sum(decoder_halo(config))
-        return 4 * (packed + _LIVE * frames * config.hop * config.decoder_dim)
+        return _decode_bytes(self.config, chunk_frames)
 
     def encode_bytes(self, chunk_frames: int) -> int:
         """About the bytes that `encode` needs beside the parameters, the samples and the codes."""
@@ -320,6 +317,20 @@ class Codec(nn.Module):
         # On the CPU: some GPUs multiply float32 with 10-bit mantissas, and near codes would swap.
         with mx.stream(mx.cpu):
             return np.array(self.quantizer.encode(latents))
+
+
+def default_chunk(config: CodecConfig) -> int:
+    """Frames that `decode` makes at once unless told otherwise."""
+    return _fitting(lambda frames: _decode_bytes(config, frames), _DEFAULT_BYTES)
+
+
+def _decode_bytes(config: CodecConfig, chunk_frames: int) -> int:
+    # The largest upsampling's weights, [2 * width, 2 * rate, width].
+    widths = _decoder_widths(config)
+    pairs = zip(widths, widths[1:], config.decoder_rates, strict=False)
+    packed = max(2 * rate * inputs * outputs for inputs, outputs, rate in pairs)
+    frames = chunk_frames + sum(decoder_halo(config))
+    return 4 * (packed + _LIVE * frames * config.hop * config.decoder_dim)
 
 
 def _chunk(asked: int | None, needs: Callable[[int], int]) -> int:

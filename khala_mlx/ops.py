@@ -37,7 +37,7 @@ _SIN_OF_DOUBLE = tuple((2 * n + 2) * c / math.pi for n, c in enumerate(_SIN_SQUA
 # Elements of a tile. On the CPU larger arrays leave the caches, and malloc takes fresh pages for
 # each; far smaller ones drown in calls; 2**20 to 2**22 measure alike. On the GPU the tile only has
 # to be small beside the whole and large beside the cost of a launch.
-_TILE = {"cpu": 1 << 21, "gpu": 1 << 24}
+TILE = {"cpu": 1 << 21, "gpu": 1 << 24}
 
 
 def device_form() -> Form:
@@ -123,7 +123,7 @@ def in_tiles(
 
     Tile by tile, so that only one tile's intermediate results are there at once.
     """
-    rows = max(1, _TILE[form or device_form()] // (x.shape[0] * x.shape[2]))
+    rows = max(1, TILE[form or device_form()] // (x.shape[0] * x.shape[2]))
     if x.shape[1] <= rows:
         return function(x)
     tiles = []

@@ -25,6 +25,9 @@ CPU_SCORE_BYTES = 64 * 2**20
 # The same while gradients are taken: some four times as much is held then, for several chunks.
 CPU_TRAINING_SCORE_BYTES = 16 * 2**20
 
+# Rows of a pass from which on each layer is evaluated before the next.
+EVALUATED_ROWS = 256
+
 
 def attend(
     q: mx.array,
@@ -166,6 +169,10 @@ class Transformer(nn.Module):
         caches = cache if cache is not None else [None] * len(self.layers)
         for layer, layer_cache in zip(self.layers[:-1], caches[:-1], strict=True):
             x = layer(x, layer_cache, causal)
+            if not self.training and x.shape[0] * x.shape[1] >= EVALUATED_ROWS:
+                # MLX allocates ahead of the work: left to one evaluation, the arrays of several
+                # layers would be there together.
+                mx.eval(x)
         return self.norm(self.layers[-1](x, caches[-1], causal, start))
 
     def embed(self, ids: mx.array) -> mx.array:

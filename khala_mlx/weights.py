@@ -135,13 +135,26 @@ def load_part(
     Raises:
         WeightsError: listing every missing, unknown and misshapen tensor at once.
     """
+    # Known only before packing: packed tensors have other sizes.
+    unpacked_bytes = sum(array.size * 4 for _, array in tree_flatten(model.parameters()))
+    packed = pack_layers(model, part, config)
+    fill_part(model, folder, part, dtype)
+    if packed and mx.default_device() == mx.cpu and unpacked_bytes <= CPU_UNPACKED_BYTES:
+        _unpack(model, dtype)
+    return model
+
+
+def pack_layers(model: nn.Module, part: str, config: KhalaConfig) -> bool:
+    """Turn the layers that config.json lists for `part` into their packed form; were there any?
+
+    Raises:
+        WeightsError: if a layer cannot be packed as it says.
+    """
     packed = {
         name.removeprefix(f"{part}."): how
         for name, how in config.quantization.items()
         if name.startswith(f"{part}.")
     }
-    # Known only before packing: packed tensors have other sizes.
-    unpacked_bytes = sum(array.size * 4 for _, array in tree_flatten(model.parameters()))
     for how in set(packed.values()):
         try:
             nn.quantize(
@@ -152,13 +165,8 @@ def load_part(
                 class_predicate=lambda path, _, how=how: packed.get(path) == how,
             )
         except (ValueError, AttributeError) as error:
-            raise WeightsError(
-                f"{folder}/config.json asks for a quantisation that fails: {error}"
-            ) from error
-    fill_part(model, folder, part, dtype)
-    if packed and mx.default_device() == mx.cpu and unpacked_bytes <= CPU_UNPACKED_BYTES:
-        _unpack(model, dtype)
-    return model
+            raise WeightsError(f"config.json asks for a quantisation that fails: {error}") from error
+    return bool(packed)
 
 
 def fill_part(model: Part, folder: Path, part: str, dtype: mx.Dtype | None = None) -> Part:

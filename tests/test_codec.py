@@ -199,7 +199,7 @@ def test_tiles_change_nothing(upstream: Codec, monkeypatch: pytest.MonkeyPatch) 
     whole = whole_decode(upstream, codes)
     wave = random_wave(upstream, 4 * 2048)
     latents = upstream.encoder(mx.array(wave)[None])
-    monkeypatch.setattr(ops, "_TILE", {"cpu": 2000, "gpu": 2000})
+    monkeypatch.setattr(ops, "TILE", {"cpu": 2000, "gpu": 2000})
     np.testing.assert_allclose(whole_decode(upstream, codes), whole, atol=1e-5)
     assert mx.allclose(upstream.encoder(mx.array(wave)[None]), latents, atol=1e-4)
 
@@ -315,7 +315,7 @@ def test_default_blocks_of_the_released_size() -> None:
 
 @pytest.mark.parametrize("side", ["encode", "decode"])
 def test_the_memory_forecast_holds(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_TILE", {"cpu": 1 << 16, "gpu": 1 << 16})
+    monkeypatch.setattr(ops, "TILE", {"cpu": 1 << 16, "gpu": 1 << 16})
     codec = Codec(CodecConfig(encoder_dim=8, decoder_dim=6, num_codebooks=2, latent_dim=8))
     mx.eval(codec.parameters())
     work: Callable[[], Any] = lambda: codec.decode(random_codes(codec, 40), chunk_frames=20)  # noqa: E731

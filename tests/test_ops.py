@@ -186,7 +186,7 @@ def test_windows_cover_all_rows_once(total: int, chunk: int, before: int, after:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tile", [1, 30, 100, 10_000])
 def test_tiles_equal_the_whole(form: Form, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_TILE", {"cpu": tile, "gpu": tile})
+    monkeypatch.setattr(ops, "TILE", {"cpu": tile, "gpu": tile})
     x, weight = random(2, 57, 3), random(4, 7, 3)
 
     def convolve(rows: mx.array) -> mx.array:

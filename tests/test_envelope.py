@@ -1,0 +1,148 @@
+"""The forecast against the peak that MLX counts, at sizes where one or the other part dominates."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from khala_mlx import envelope
+from khala_mlx.backbone import Backbone
+from khala_mlx.codec import Codec
+from khala_mlx.config import (
+    BackboneConfig,
+    CodecConfig,
+    KhalaConfig,
+    Quantization,
+    SuperResConfig,
+    TokenLayout,
+)
+from khala_mlx.envelope import Setting
+from khala_mlx.superres import SuperRes
+
+LAYOUT = TokenLayout(
+    audio_start=1000,
+    end_of_song=500,
+    padding=501,
+    marker_base=999,
+    codebook_size=64,
+    num_codebooks=3,
+)
+HERE = Setting("float32", on_cpu=mx.default_device() == mx.cpu)
+PROMPT = 40
+
+
+def sized(hidden: int, inner: int, heads: int, decoder: int) -> KhalaConfig:
+    body = {
+        "num_layers": 3,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_heads": heads,
+        "num_kv_heads": max(1, heads // 4),
+    }
+    return KhalaConfig(
+        tokens=LAYOUT,
+        backbone=BackboneConfig(vocab_size=LAYOUT.backbone_vocab, **body),
+        superres=SuperResConfig(vocab_size=LAYOUT.superres_vocab, **body),
+        codec=CodecConfig(
+            encoder_dim=8,
+            decoder_dim=decoder,
+            latent_dim=32,
+            num_codebooks=LAYOUT.num_codebooks,
+            codebook_size=LAYOUT.codebook_size,
+        ),
+    )
+
+
+# (config, rows, frames rendered at once): scores in one piece, nearly chunked, and chunked; sound
+# within a tile, and of several.
+SIZES = {
+    "small": (sized(128, 384, 2, 8), 300, 16),
+    "middle": (sized(256, 256, 8, 16), 1000, 64),
+    "large": (sized(256, 704, 8, 24), 2000, 128),
+}
+
+
+def peak(build: Callable[[], object], work: Callable[..., object]) -> int:
+    """Bytes from before the model is built to the most while it works."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    model = build()
+    model.eval()  # type: ignore[attr-defined]
+    mx.eval(model.parameters())  # type: ignore[attr-defined]
+    mx.reset_peak_memory()
+    work(model)
+    return mx.get_peak_memory() - before
+
+
+@pytest.mark.skipif(not HERE.on_cpu, reason="the fitted counts are the CPU backend's")
+@pytest.mark.parametrize("name", list(SIZES))
+def test_the_forecast_is_within_a_tenth(name: str) -> None:
+    config, rows, chunk = SIZES[name]
+    frames = rows - PROMPT
+    cases = {
+        "backbone": (
+            lambda: Backbone(config.backbone, config.tokens),
+            lambda m: m.generate_many(
+                np.zeros(rows, int), keys=[mx.random.key(0)] * 2, max_tokens=20, min_tokens=20
+            ),
+            envelope.compose_bytes(config, HERE, rows, 20, songs=2),
+        ),
+        "superres": (
+            lambda: SuperRes(config.superres, config.tokens),
+            lambda m: m.refine(
+                np.zeros(PROMPT, int), np.zeros((2, frames), int), key=mx.random.key(0)
+            ),
+            envelope.refine_bytes(config, HERE, PROMPT, frames),
+        ),
+        "codec": (
+            lambda: Codec(config.codec),
+            lambda m: m.decode(np.zeros((3, 2 * chunk), int), chunk_frames=chunk),
+            envelope.render_bytes(config.codec, chunk, on_cpu=True),
+        ),
+    }
+    for part, (build, work, working) in cases.items():
+        forecast = envelope.weight_bytes(config, part, HERE) + working
+        measured = peak(build, work)
+        assert forecast / measured == pytest.approx(1, abs=0.1), (part, forecast, measured)
+
+
+def test_writing_many_long_songs_is_their_caches() -> None:
+    config = sized(128, 384, 2, 8)
+    keys = [mx.random.key(n) for n in range(3)]
+    measured = peak(
+        lambda: Backbone(config.backbone, config.tokens),
+        lambda m: m.generate_many(np.zeros(30, int), keys=keys, max_tokens=6000, min_tokens=0),
+    )
+    forecast = envelope.weight_bytes(config, "backbone", HERE)
+    forecast += envelope.compose_bytes(config, HERE, 30, 6000, songs=3)
+    assert forecast / measured == pytest.approx(1, abs=0.1)
+
+
+def test_the_released_model() -> None:
+    """The figures of the README: 3.2 GB of backbone in 16 bits; 0.13 GB of cache a minute."""
+    config = KhalaConfig()
+    metal, cpu = Setting("bfloat16", on_cpu=False), Setting("float32", on_cpu=True)
+    assert envelope.weight_bytes(config, "backbone", metal) == pytest.approx(3.23e9, rel=0.01)
+    assert envelope.weight_bytes(config, "codec", metal) == pytest.approx(1.06e9, rel=0.01)
+    minute = envelope.compose_bytes(config, metal, 100, 2584) - envelope.compose_bytes(
+        config, metal, 100, 0
+    )
+    assert 0.1e9 < minute < 0.14e9
+    packed = envelope.compose_bytes(config, replace(metal, kv_bits=8), 100, 16000)
+    assert packed < 0.6 * envelope.compose_bytes(config, metal, 100, 16000)
+    # The bar: at most 1.2 GB above the weights at 4000 rows in float32.
+    assert 0.3e9 < envelope.refine_bytes(config, cpu, 100, 3900) < 1.2e9
+    # Beyond the trained rows windows keep it where it is.
+    longest = envelope.refine_bytes(config, cpu, 100, 8092)
+    assert envelope.refine_bytes(config, cpu, 100, 20000) == longest
+
+
+def test_small_packed_parts_are_unpacked_on_the_cpu() -> None:
+    config = sized(128, 384, 2, 8)
+    packed = replace(config, quantization={"backbone.lm_head": Quantization(4, 64)})
+    cpu, metal = Setting("float32", on_cpu=True), Setting("float32", on_cpu=False)
+    plain = envelope.weight_bytes(config, "backbone", cpu)
+    assert envelope.weight_bytes(packed, "backbone", cpu) == plain
+    assert envelope.weight_bytes(packed, "backbone", metal) < plain

@@ -1,0 +1,51 @@
+import mlx.core as mx
+import pytest
+
+from khala_mlx import machine
+from khala_mlx.errors import KhalaError
+from khala_mlx.machine import CHIPS, mac_with, parse_memory, this_machine, usable_of_mac
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("16GB", 16), ("16 GiB", 16), ("24", 24), ("0.5g", 0.5), (" 96gb ", 96)]
+)
+def test_memory_in_words(text: str, size: float) -> None:
+    assert parse_memory(text) == size * GIB
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-3GB", "0", "lots", "nan", "inf", "16TB", "1e99"])
+def test_wrong_memory(text: str) -> None:
+    with pytest.raises(KhalaError, match="as in 16GB"):
+        parse_memory(text)
+
+
+def test_a_mac_leaves_a_part_to_its_gpu() -> None:
+    assert usable_of_mac(24 * GIB) == 16 * GIB
+    assert usable_of_mac(64 * GIB) == 48 * GIB
+    assert mac_with(24 * GIB).memory == 16 * GIB
+    assert not mac_with(GIB).on_cpu
+
+
+def test_this_machine_has_rates() -> None:
+    here = this_machine()
+    assert here.on_cpu == (mx.default_device() == mx.cpu)
+    assert here.memory > 2**28
+    assert 1e8 < here.bandwidth < 1e13
+    assert 1e8 < here.flops < 1e15
+    assert here.name
+
+
+def test_a_known_chip_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "chip_name", lambda: "Apple M3 Max")
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    here = this_machine()
+    assert (here.bandwidth, here.flops, here.published) == (400e9, 14.1e12, True)
+
+
+def test_every_generation_is_faster_or_as_fast() -> None:
+    for kind in ("", " Pro", " Max", " Ultra"):
+        chips = [CHIPS[f"M{n}{kind}"] for n in range(1, 6) if f"M{n}{kind}" in CHIPS]
+        assert len(chips) >= 3
+        assert all(bandwidth >= 68 and tflops > 2 for bandwidth, tflops in chips)

@@ -1,0 +1,127 @@
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from khala_mlx import Khala, KhalaError, planning
+from khala_mlx.config import KhalaConfig
+from khala_mlx.envelope import Setting
+from khala_mlx.machine import Machine, mac_with
+from khala_mlx.planning import Job, Plan, limits, make_plan
+from khala_mlx.song import Request
+
+CONFIG = KhalaConfig()
+METAL = Setting("bfloat16", on_cpu=False)
+TWO_MINUTES = Job(200, 150, 2584)
+GIB = 2**30
+
+
+def plan(gigabytes: float, job: Job = TWO_MINUTES, keep_loaded: bool = True) -> Plan:
+    mac = mac_with(int(gigabytes * GIB))
+    return make_plan(CONFIG, METAL, mac, job, keep_loaded=keep_loaded)
+
+
+def test_large_macs_keep_everything_loaded() -> None:
+    large = plan(64)
+    assert not large.staged
+    assert large.problem is None
+    assert large.peak == pytest.approx(9.2e9, rel=0.1)
+    assert plan(64, keep_loaded=False).staged
+
+
+def test_smaller_ones_load_and_free() -> None:
+    small = plan(8)
+    assert small.staged
+    assert small.problem is None
+    assert 4e9 < small.peak < 8 * GIB * 2 / 3
+
+
+def test_fewer_songs_at_once_and_smaller_chunks_before_giving_up() -> None:
+    many = replace(TWO_MINUTES, songs=16)
+    assert plan(64, many).songs_at_once == 16
+    assert 1 < plan(8, many).songs_at_once < 16
+    assert plan(8, many).peak <= 8 * GIB * 2 / 3
+
+
+def test_chunks_shrink_to_what_fits() -> None:
+    fine = plan(64)
+    render = fine.stages[2]
+    machine = Machine("", render.peak - 1, False, 1e11, 1e12, True)
+    tight = make_plan(CONFIG, Setting("bfloat16", False), machine, TWO_MINUTES, keep_loaded=False)
+    assert tight.chunk_frames < fine.chunk_frames
+    assert tight.stages[2].peak <= machine.memory
+
+
+def test_what_does_not_fit_is_told_with_the_numbers() -> None:
+    tiny = plan(3)
+    assert tiny.problem is not None
+    assert "To compose this song needs 3." in tiny.problem
+    assert "2.1 GB can be used" in tiny.problem
+    with pytest.raises(KhalaError, match="khala convert --quantize"):
+        tiny.check()
+
+
+def test_seconds_are_the_floor_of_the_chip() -> None:
+    """README: composing one minute on an M1 takes 82 s at best, refining 72 s."""
+    minute = plan(64, Job(10, 10, 1292))
+    compose, refine, render = minute.stages
+    assert compose.seconds == pytest.approx(84, rel=0.05)
+    assert refine.seconds == pytest.approx(75, rel=0.1)
+    assert 0 < render.seconds < refine.seconds
+
+
+def test_a_song_too_large_is_refused_before_anything_loads(tiny_folder: Path) -> None:
+    khala = Khala.from_pretrained(tiny_folder)
+    khala.machine = replace(khala.machine, memory=10_000)
+    with pytest.raises(KhalaError, match="can be used"):
+        khala.generate(seconds=0.1)
+    assert khala._parts == {}
+    assert khala.plan(Request())["memory"]["fits"] is False
+
+
+def test_little_memory_makes_the_same_songs(tiny_folder: Path) -> None:
+    request = Request(tags="pop", seconds=0.2, min_seconds=0.2)
+    roomy, tight = Khala.from_pretrained(tiny_folder), Khala.from_pretrained(tiny_folder)
+    seeds = [1, 2, 3]
+    expected = list(roomy.fulfil_many(request, seeds))
+    assert set(roomy._parts) == {"backbone", "superres", "codec"}
+    ids = roomy.prompt_ids(tags="pop")
+    job = Job(len(ids[0]), len(ids[1]), 69, songs=3)
+    needs = roomy.envelope(job)
+    # Room for any one part, with the sound in the smallest pieces.
+    setting = Setting(roomy.dtype, roomy.machine.on_cpu)
+    nothing = replace(roomy.machine, memory=1)
+    least = make_plan(roomy.config, setting, nothing, job, keep_loaded=False)
+    assert least.songs_at_once == least.chunk_frames == 1
+    tight.machine = replace(roomy.machine, memory=least.peak)
+    plan = tight.envelope(job)
+    assert plan.staged
+    assert plan.problem is None
+    assert plan.chunk_frames < needs.chunk_frames
+    songs = list(tight.fulfil_many(request, seeds))
+    assert tight._parts == {}
+    for song, wanted in zip(songs, expected, strict=True):
+        assert np.array_equal(song.codes, wanted.codes)
+        assert np.abs(song.waveform - wanted.waveform).max() < 1e-5
+
+
+def test_limits_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    wired: list[int] = []
+    waited: list[bool] = []
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "set_wired_limit", lambda size: wired.append(size) or 77)
+    monkeypatch.setattr(mx, "synchronize", lambda: waited.append(True))
+    cache = mx.set_cache_limit(123456)
+    try:
+        with pytest.raises(ZeroDivisionError), limits(plan(8)):
+            inside = mx.set_cache_limit(0)
+            mx.set_cache_limit(inside)
+            assert planning._LEAST_CACHE <= inside <= planning._MOST_CACHE
+            raise ZeroDivisionError
+        assert mx.set_cache_limit(cache) == 123456
+    finally:
+        mx.set_cache_limit(cache)
+    assert wired == [plan(8).peak, 77]
+    assert waited == [True]
