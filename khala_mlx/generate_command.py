@@ -33,7 +33,7 @@ TEXT_MODES = click.Choice(["same_as_backbone", "same_as_backbone_no_description"
 DRAFT_LAYERS = 8
 # What may be said along with --resume; all else is in the take.
 _WITH_RESUME = {"resume", "model", "adapters", "adapter_scales", "output", "play", "as_json"}
-_WITH_RESUME |= {"draft", *OF_THE_FILE}
+_WITH_RESUME |= {"draft", "memory", *OF_THE_FILE}
 
 
 @click.command()
@@ -104,7 +104,12 @@ _WITH_RESUME |= {"draft", *OF_THE_FILE}
 @tag_options
 @finish_options
 @play_option
-@click.option("--dry-run", is_flag=True, help="Show the prompt and what fits; load nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Show prompt, length, memory and least time; load nothing."
+)
+@click.option(
+    "--memory", metavar="SIZE", help="Use no more than a Mac with, say, 16GB; or dry-run for one."
+)
 @json_option
 @command
 def generate(**options: Any) -> None:
@@ -139,6 +144,7 @@ def _generate(options: dict[str, Any]) -> None:
     if not options["beginning"]:
         request = _request(options, base)
     khala = open_model(options, _take_of(options["beginning"]))
+    _limit(khala, options)
     if options["like"]:
         warn_other_model(options["like"], khala.identity)
         warn_other_adapters(options["like"], khala.adapters)
@@ -147,7 +153,8 @@ def _generate(options: dict[str, Any]) -> None:
     if options["beginning"]:
         kept, request = _continued(khala, options, base)
     if options["dry_run"]:
-        report(khala.plan(request), options["as_json"])
+        plan = khala.plan(request)
+        report(plan if options["as_json"] else _plan_lines(plan), options["as_json"])
         return
     take = khala.begin(request, kept.codes if kept else None)
     if kept:
@@ -211,8 +218,41 @@ def _resume(options: dict[str, Any]) -> None:
         report({"file": str(output), "finished": "already"}, options["as_json"])
         return
     khala = open_model(options, take)
+    _limit(khala, options)
     write = write_song if options["draft"] is None else write_draft
     write(khala, khala.adopt(take), output, options, resumed=own)
+
+
+def _limit(khala: Any, options: dict[str, Any]) -> None:
+    """Plan for --memory: this machine with less of it, or the Mac that a dry run asks about."""
+    if not options["memory"]:
+        return
+    import dataclasses
+
+    from khala_mlx.machine import mac_with, parse_memory
+
+    here, mac = khala.machine, mac_with(parse_memory(options["memory"]))
+    if options["dry_run"] and here.on_cpu:
+        khala.machine = mac
+    else:
+        khala.machine = dataclasses.replace(here, memory=min(here.memory, mac.memory))
+
+
+def _plan_lines(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan with its memory in words, a line each."""
+    memory = plan["memory"]
+    lines = {name: value for name, value in plan.items() if name != "memory"}
+    for name, stage in memory["stages"].items():
+        least = stage["least_seconds"]
+        lines[name] = f"{_gigabytes(stage['peak_bytes'])}, at least {least:.1f} s"
+    fits = "fits" if memory["fits"] else "does not fit"
+    usable = _gigabytes(memory["usable_bytes"])
+    lines["memory"] = f"{_gigabytes(memory['peak_bytes'])} at most, {fits} the usable {usable}"
+    return lines
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
 
 
 def _request(options: dict[str, Any], base: Any, always: Iterable[str] = ()) -> Any:

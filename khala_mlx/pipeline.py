@@ -18,6 +18,7 @@ from khala_mlx.audio import SILENCE
 from khala_mlx.clock import Progress, timed
 from khala_mlx.errors import KhalaError, KhalaWarning
 from khala_mlx.lengths import budget_behind, frame_budget
+from khala_mlx.planning import Job, Plan
 from khala_mlx.prompt import prompt_ids, prompt_texts
 from khala_mlx.request import Request
 from khala_mlx.sampling import check_sampling, stage_key
@@ -93,8 +94,11 @@ class Khala(Stages):
         )
         return self.fulfil(request, on_progress, on_take)
 
-    def plan(self, request: Request) -> dict[str, Any]:
-        """What `fulfil` would do with a request: prompts, their lengths, frames. Loads nothing."""
+    def plan(self, request: Request, songs: int = 1) -> dict[str, Any]:
+        """What `fulfil` would do with a request: prompts, lengths, memory and least time.
+
+        Loads nothing. `songs` asks about so many seeds at once.
+        """
         bb_ids, sr_ids = self._request_ids(request)
         most, least = frame_budget(self.config, request, len(bb_ids), len(sr_ids))
         backbone_text, superres_text = prompt_texts(self.config, request.prompt)
@@ -109,6 +113,7 @@ class Khala(Stages):
             "max_frames": most,
             "max_tokens": most * self.config.tokens.num_coarse,
             "seed": request.seed,
+            "memory": self.envelope(Job(len(bb_ids), len(sr_ids), most, songs)).told(),
         }
 
     def fulfil(
@@ -237,10 +242,13 @@ class Khala(Stages):
             layers: refine no further than that: drafts, to be finished by another call.
 
         Raises:
-            KhalaError: at once if `layers` is no number of layers that can be heard.
+            KhalaError: at once if `layers` is no number of layers that can be heard, or if the
+                songs need more memory than there is however the work is cut.
         """
         self._check_draft(layers)
-        return self._songs(list(takes), on_progress, on_take or (lambda _: None), layers)
+        plan = self._plan_of(takes)
+        plan.check()
+        return self._songs(list(takes), plan, on_progress, on_take or (lambda _: None), layers)
 
     def compose_takes(
         self,
@@ -248,18 +256,24 @@ class Khala(Stages):
         on_progress: Progress | None = None,
         on_take: OnTake | None = None,
     ) -> None:
-        """Compose those of some takes that have no codes yet; see `make_many`."""
-        if new := [take for take in takes if not take.layers]:
-            request, layout = new[0].request, self.config.tokens
-            kept, (most, least) = new[0].kept[: layout.num_coarse], new[0].budget
-            prompt, begun = np.array(new[0].prompts[0]), kept.shape[1]
+        """Compose those of some takes that have no codes yet; see `make_many`.
+
+        As many at a time as the memory holds.
+        """
+        new = [take for take in takes if not take.layers]
+        at_once = self._plan_of(takes).songs_at_once
+        batches = [new[first : first + at_once] for first in range(0, len(new), at_once)]
+        for part, batch in enumerate(batches):
+            request, layout = batch[0].request, self.config.tokens
+            kept, (most, least) = batch[0].kept[: layout.num_coarse], batch[0].budget
+            prompt, begun = np.array(batch[0].prompts[0]), kept.shape[1]
             if begun:
                 prompt = np.concatenate([prompt, tokens.interleave(layout, kept)])
             shared: dict[str, float] = {}
-            with timed(shared, "compose", on_progress) as progress:
+            with timed(shared, "compose", on_progress, part, len(batches)) as progress:
                 composed = self.compose_many(
                     prompt,
-                    seeds=[take.request.seed for take in new],
+                    seeds=[take.request.seed for take in batch],
                     max_frames=most - begun,
                     min_frames=max(0, least - begun),
                     temperature=request.temperature,
@@ -267,36 +281,50 @@ class Khala(Stages):
                     reachable_only=request.reachable_only,
                     on_progress=progress,
                 )
-            for take, coarse in zip(new, composed, strict=True):
+            for take, coarse in zip(batch, composed, strict=True):
                 if coarse.size:
                     self._set_codes(take, np.hstack([kept, coarse]) if begun else coarse)
-                    take.metadata["timings"]["compose"] = round(shared["compose"] / len(new), 3)
+                    take.metadata["timings"]["compose"] = round(shared["compose"] / len(batch), 3)
                     (on_take or (lambda _: None))(take)
         self._done_with("backbone")
 
     def _songs(
         self,
         takes: list[Take],
+        plan: Plan,
         on_progress: Progress | None,
         keep: OnTake,
         layers: int | None,
     ) -> Iterator[Song]:
-        self.compose_takes(takes, on_progress, keep)
-        made = [take for take in takes if take.layers]
-        parts = len(made)
-        for part, take in enumerate(made):
-            timings, last = take.metadata["timings"], max(layers or take.num_codebooks, take.layers)
-            with timed(timings, "refine", on_progress, part, parts) as progress:
-                self._refine_take(take, last, progress, keep)
-        self._done_with("superres")
-        for part, take in enumerate(made):
-            with timed(take.metadata["timings"], "render", on_progress, part, parts) as progress:
-                waveform = self.render(take.codes, draft=True, on_progress=progress)
-            if part + 1 == parts:
-                self._done_with("codec")
-            if np.abs(waveform).max() < SILENCE:
-                warnings.warn("The song is silent.", KhalaWarning, stacklevel=2)
-            yield Song(waveform, self.config.codec.sample_rate, take.codes, take.metadata, take)
+        with self._following(plan):
+            self.compose_takes(takes, on_progress, keep)
+            made = [take for take in takes if take.layers]
+            parts = len(made)
+            for part, take in enumerate(made):
+                timings = take.metadata["timings"]
+                last = max(layers or take.num_codebooks, take.layers)
+                with timed(timings, "refine", on_progress, part, parts) as progress:
+                    self._refine_take(take, last, progress, keep)
+            self._done_with("superres")
+            for part, take in enumerate(made):
+                timings = take.metadata["timings"]
+                with timed(timings, "render", on_progress, part, parts) as progress:
+                    chunk = plan.chunk_frames
+                    waveform = self.render(
+                        take.codes, draft=True, chunk_frames=chunk, on_progress=progress
+                    )
+                if part + 1 == parts:
+                    self._done_with("codec")
+                if np.abs(waveform).max() < SILENCE:
+                    warnings.warn("The song is silent.", KhalaWarning, stacklevel=2)
+                yield Song(waveform, self.config.codec.sample_rate, take.codes, take.metadata, take)
+
+    def _plan_of(self, takes: Sequence[Take]) -> Plan:
+        """How these takes are made to fit."""
+        frames = max(take.codes.shape[1] if take.layers else take.budget[0] for take in takes)
+        backbone, superres = (max(len(take.prompts[part]) for take in takes) for part in range(2))
+        new = sum(not take.layers for take in takes)
+        return self.envelope(Job(backbone, superres, frames, max(1, new)))
 
     def _refine_take(
         self, take: Take, last: int, report: Callable[[int, int], None], keep: OnTake

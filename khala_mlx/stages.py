@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -19,9 +20,12 @@ from khala_mlx.adapter import Adapter
 from khala_mlx.backbone import Backbone
 from khala_mlx.codec import Codec
 from khala_mlx.config import DTYPES, KhalaConfig
+from khala_mlx.envelope import Setting
 from khala_mlx.errors import KhalaError
 from khala_mlx.lengths import backbone_room, warn_window
 from khala_mlx.lora import Adapters
+from khala_mlx.machine import Machine, this_machine
+from khala_mlx.planning import Job, Plan, limits, make_plan
 from khala_mlx.prompt import Prompt, prompt_ids
 from khala_mlx.sampling import stage_key
 from khala_mlx.superres import SuperRes
@@ -51,6 +55,8 @@ class Stages:
         self.source = str(folder)
         self._parts: dict[str, Any] = {}
         self._adapters = Adapters()
+        self._machine: Machine | None = None
+        self._staged = False
 
     @classmethod
     def from_pretrained(
@@ -66,8 +72,9 @@ class Stages:
                 matrices are slower there by orders of magnitude. There, for the same reason, a
                 quantised model that takes at most 1 GiB in float32 is unpacked, whatever the
                 dtype. The codec is float32.
-            keep_loaded: keep every stage in memory for the next song. Without it `generate` frees
-                each stage when it is done, so that the largest, not the sum, has to fit.
+            keep_loaded: keep every stage in memory for the next song, if all fit. Otherwise
+                `generate` frees each stage when it is done, so that the largest, not the sum, has
+                to fit.
 
         Raises:
             KhalaError: if there is no such model or it is damaged.
@@ -253,14 +260,47 @@ class Stages:
         codes: np.ndarray,
         *,
         draft: bool = False,
+        chunk_frames: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
         """Sound of codes [K, T]: float32 [hop * T, channels]; of a draft, codes of fewer layers."""
+        self._check_codes(codes, draft)
+        return self.codec.decode(codes, chunk_frames=chunk_frames, on_progress=on_progress)
+
+    def render_stream(
+        self, codes: np.ndarray, *, draft: bool = False, chunk_frames: int | None = None
+    ) -> Iterator[np.ndarray]:
+        """`render` piece by piece, float32 [L, channels] each, to be heard while the rest is made.
+
+        Put together the pieces equal the whole.
+        """
+        self._check_codes(codes, draft)
+        return self.codec.decode_stream(codes, chunk_frames=chunk_frames)
+
+    @property
+    def machine(self) -> Machine:
+        """What work is planned for: this machine, unless another was set."""
+        if self._machine is None:
+            self._machine = this_machine()
+        return self._machine
+
+    @machine.setter
+    def machine(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def envelope(self, job: Job, machine: Machine | None = None) -> Plan:
+        """How a job of these sizes is made to fit this machine or another, from config alone."""
+        machine = machine or self.machine
+        # Another machine may compute in what this one's CPU backend is slow at.
+        elsewhere = mx.default_device() == mx.cpu and not machine.on_cpu
+        setting = Setting(self.config.dtype if elsewhere else self.dtype, machine.on_cpu)
+        return make_plan(self.config, setting, machine, job, keep_loaded=self.keep_loaded)
+
+    def _check_codes(self, codes: np.ndarray, draft: bool) -> None:
         layout = self.config.tokens
         tokens.check_codes(
             codes, layers=layout.num_codebooks, codebook_size=layout.codebook_size, fewer=draft
         )
-        return self.codec.decode(codes, on_progress=on_progress)
 
     def _part(self, name: str, build: Callable[[KhalaConfig], Loaded]) -> Loaded:
         if name not in self._parts:
@@ -270,9 +310,20 @@ class Stages:
         part: Loaded = self._parts[name]
         return part
 
+    @contextmanager
+    def _following(self, plan: Plan) -> Iterator[None]:
+        """Within its limits, and with its parts freed when they are done if it says so."""
+        self._staged = plan.staged
+        try:
+            with limits(plan):
+                yield
+        finally:
+            self._staged = False
+
     def _done_with(self, part: str) -> None:
-        if not self.keep_loaded:
+        if self._staged or not self.keep_loaded:
             self.release(part)
+        # The next stage's arrays have other sizes: buffers kept for these would only add to them.
         mx.clear_cache()
 
     @property

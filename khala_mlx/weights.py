@@ -165,7 +165,9 @@ def pack_layers(model: nn.Module, part: str, config: KhalaConfig) -> bool:
                 class_predicate=lambda path, _, how=how: packed.get(path) == how,
             )
         except (ValueError, AttributeError) as error:
-            raise WeightsError(f"config.json asks for a quantisation that fails: {error}") from error
+            raise WeightsError(
+                f"config.json asks for a quantisation that fails: {error}"
+            ) from error
     return bool(packed)
 
 

@@ -179,6 +179,23 @@ def test_dry_run_shows_the_prompt_and_loads_nothing(tiny_folder: Path) -> None:
     assert names() == ["model"]
 
 
+def test_dry_run_tells_memory_and_time(tiny_folder: Path) -> None:
+    here = run("generate", "-m", tiny_folder, "--dry-run")
+    assert here.exit_code == 0, here.stderr
+    for line in ("compose  ", "refine  ", "render  ", "fits the usable"):
+        assert line in here.stdout
+    mac = json.loads(
+        run("generate", "-m", tiny_folder, "--dry-run", "--json", "--memory", "16GB").stdout
+    )["memory"]
+    assert mac["usable_bytes"] == 2**34 * 2 // 3
+    assert mac["peak_bytes"] == max(stage["peak_bytes"] for stage in mac["stages"].values())
+    tight = run("generate", "-m", tiny_folder, "--dry-run", "--memory", "0.00001GB")
+    assert "does not fit" in tight.stdout
+    failed(run("generate", "-m", tiny_folder, "--memory", "0.00001GB"), "can be used")
+    failed(run("generate", "-m", tiny_folder, "--memory", "much"), "as in 16GB")
+    assert names() == []
+
+
 def test_play(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = fake_sounddevice.install(monkeypatch)
     assert generate(tiny_folder, "--play").exit_code == 0

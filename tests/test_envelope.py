@@ -60,7 +60,7 @@ def sized(hidden: int, inner: int, heads: int, decoder: int) -> KhalaConfig:
 SIZES = {
     "small": (sized(128, 384, 2, 8), 300, 16),
     "middle": (sized(256, 256, 8, 16), 1000, 64),
-    "large": (sized(256, 704, 8, 24), 2000, 128),
+    "large": (sized(256, 704, 8, 24), 1600, 128),
 }
 
 

@@ -126,6 +126,14 @@ def test_songs_that_fail_are_left_out(tiny: Khala) -> None:
     assert len(lengths) > 1
 
 
+def test_sound_can_be_heard_while_it_is_rendered(tiny: Khala, song: Song) -> None:
+    pieces = list(tiny.render_stream(song.codes, chunk_frames=16))
+    assert len(pieces) == 5
+    assert np.abs(np.concatenate(pieces) - song.waveform).max() <= 1e-5
+    with pytest.raises(KhalaError, match="Codes have to"):
+        tiny.render_stream(song.codes[:3])
+
+
 def test_no_seeds_are_refused_before_anything_loads(tiny_folder: Path) -> None:
     khala = Khala.from_pretrained(tiny_folder)
     for seeds, sentence in (([], "At least one seed"), ([1, -4], "seed has to be")):

@@ -10,7 +10,7 @@ from khala_mlx.config import KhalaConfig
 from khala_mlx.envelope import Setting
 from khala_mlx.machine import Machine, mac_with
 from khala_mlx.planning import Job, Plan, limits, make_plan
-from khala_mlx.song import Request
+from khala_mlx.request import Request
 
 CONFIG = KhalaConfig()
 METAL = Setting("bfloat16", on_cpu=False)
