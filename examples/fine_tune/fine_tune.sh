@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Teaches the model in the box a style that it never heard, and shows what that changed.
+#
+#     bash fine_tune.sh [WORK]        (WORK is ./work by default)
+#
+# MODEL, STEPS, SONGS (of the new style, as many again held out) and OLD (songs of the styles that
+# are not to be forgotten) can be set in the environment. WORK has to be new or empty.
+set -euo pipefail
+corpus=$(cd "$(dirname "$0")/../train_demo" && pwd)
+work=${1:-work} model=${MODEL:-demo} steps=${STEPS:-120} songs=${SONGS:-20} old=${OLD:-80}
+case $model in */*) model=$(cd "$model" && pwd) ;; esac
+mkdir -p "$work"
+cd "$work"
+
+# The songs: yours would lie here instead. Subfolders train and valid say which are held out.
+write() { PYTHONPATH=$corpus python -m corpus write "$@" --start 50000 --whole-frames; }
+for split in train valid; do
+    write new/$split --split $split --count "$songs" --style chiptune
+    write old/$split --split $split --count "$old"
+done
+
+khala train prepare new new-coded --model "$model"
+khala train prepare old old-coded --model "$model"
+khala train lora --model "$model" --data new-coded --replay old-coded --replay-share 0.4 \
+    --out chiptune --rank 8 --learning-rate 1e-3 --grad-accumulation 4 --steps "$steps"
+khala train evaluate --model "$model" --data new-coded --adapter chiptune --forget old-coded \
+    --listen pairs
+khala generate --model "$model" --adapter chiptune --tags "chiptune, fast, happy" \
+    --lyrics "do re mi" --seconds 6 --seed 1 --output chiptune.wav
+khala train fuse chiptune-model --model "$model" --adapter chiptune
