@@ -25,6 +25,8 @@ Progress = Callable[[int, int], None]
 _READ_EVERY = 16
 # mlx-lm's interval for returning freed buffers while decoding; a multiple of the above.
 _CLEAR_EVERY = 256
+# Positions whose logits are held at once when a whole song is judged.
+_PROJECTED = 1024
 
 
 class Backbone(Transformer):
@@ -189,6 +191,27 @@ class Backbone(Transformer):
         for number, why in failures.items():
             warnings.warn(f"Song {number}: {why}", KhalaWarning, stacklevel=2)
         return songs
+
+    def surprise(self, ids: np.ndarray, coarse: np.ndarray) -> np.ndarray:
+        """Nats [num_coarse * T] of the tokens of coarse codes [num_coarse, T] behind a prompt [P].
+
+        Each among those that can follow, at temperature 1 and without top_k: what the model would
+        have expected, not what it was made to choose from. One pass over the whole song.
+        """
+        written = tokens.interleave(self.layout, coarse)
+        rows = np.concatenate([np.asarray(ids), written])[None, :-1]
+        hidden = self.hidden(self.checked_ids(rows, 2, "[1, P]"))[0, len(ids) - 1 :]
+        turns, nats = self.layout.num_coarse, np.empty(len(written), dtype=np.float32)
+        for turn, (project, _) in enumerate(self._choices(True)):
+            # The end of the song comes first among the candidates.
+            labels = mx.array(coarse[turn].astype(np.int32) + 1)[:, None]
+            for first in range(0, coarse.shape[1], _PROJECTED):
+                part = hidden[turn::turns][first : first + _PROJECTED]
+                logits = project(part).astype(mx.float32)
+                chosen = mx.take_along_axis(logits, labels[first : first + _PROJECTED], axis=-1)
+                lost = mx.logsumexp(logits, axis=-1) - chosen[:, 0]
+                nats[turn::turns][first : first + len(part)] = np.array(lost)
+        return nats
 
     def _frames_of(self, written: np.ndarray) -> np.ndarray:
         if len(written) < self.layout.num_coarse:

@@ -98,6 +98,18 @@ _WITH_RESUME |= {"draft", "memory", *OF_THE_FILE}
     metavar="[LAYERS]",
     help=f"Stop at so many layers ({DRAFT_LAYERS}) and let hear them; --resume finishes the song.",
 )
+@click.option(
+    "--candidates",
+    type=click.IntRange(2, 64),
+    help="Compose so many songs of one request at once, draft and compare them.",
+)
+@click.option(
+    "--best",
+    type=click.IntRange(0, 64),
+    default=1,
+    show_default=True,
+    help="Of the candidates, finish so many.",
+)
 @model_option
 @adapter_options
 @output_option
@@ -124,6 +136,7 @@ def generate(**options: Any) -> None:
 
 def _generate(options: dict[str, Any]) -> None:
     from khala_mlx.audio import check_output
+    from khala_mlx.candidate_files import check_candidates, write_candidates
     from khala_mlx.request import Request
     from khala_mlx.song import (
         check_free,
@@ -136,6 +149,11 @@ def _generate(options: dict[str, Any]) -> None:
     output = options["output"] or free_name()
     check_output(output, finish_of(options).bit_depth)
     check_free(output)
+    if options["candidates"]:
+        options["draft"] = options["draft"] or DRAFT_LAYERS
+        check_candidates(output, options)
+    elif given("best"):
+        raise click.UsageError("--best says how many of the --candidates are finished: give both.")
     if options["lyrics_file"] is not None:
         if options["lyrics"]:
             raise click.UsageError("--lyrics and --lyrics-file exclude each other.")
@@ -153,13 +171,16 @@ def _generate(options: dict[str, Any]) -> None:
     if options["beginning"]:
         kept, request = _continued(khala, options, base)
     if options["dry_run"]:
-        plan = khala.plan(request)
+        plan = khala.plan(request, options["candidates"] or 1)
         report(plan if options["as_json"] else _plan_lines(plan), options["as_json"])
         return
     take = khala.begin(request, kept.codes if kept else None)
     if kept:
         take.metadata["continued"] = kept.told
-    write = write_song if options["draft"] is None else write_draft
+    if options["candidates"]:
+        write = write_candidates
+    else:
+        write = write_song if options["draft"] is None else write_draft
     write(khala, take, output, options)
 
 

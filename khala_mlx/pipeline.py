@@ -246,6 +246,8 @@ class Khala(Stages):
                 songs need more memory than there is however the work is cut.
         """
         self._check_draft(layers)
+        if not takes:
+            return iter(())
         plan = self._plan_of(takes)
         plan.check()
         return self._songs(list(takes), plan, on_progress, on_take or (lambda _: None), layers)
@@ -258,10 +260,20 @@ class Khala(Stages):
     ) -> None:
         """Compose those of some takes that have no codes yet; see `make_many`.
 
-        As many at a time as the memory holds.
+        Raises:
+            KhalaError: if that needs more memory than there is.
         """
+        plan = self._plan_of(takes)
+        plan.check()
+        with self._following(plan):
+            self._compose_takes(takes, plan, on_progress, on_take or (lambda _: None))
+
+    def _compose_takes(
+        self, takes: Sequence[Take], plan: Plan, on_progress: Progress | None, keep: OnTake
+    ) -> None:
+        """As many at a time as the memory holds."""
         new = [take for take in takes if not take.layers]
-        at_once = self._plan_of(takes).songs_at_once
+        at_once = plan.songs_at_once
         batches = [new[first : first + at_once] for first in range(0, len(new), at_once)]
         for part, batch in enumerate(batches):
             request, layout = batch[0].request, self.config.tokens
@@ -285,8 +297,14 @@ class Khala(Stages):
                 if coarse.size:
                     self._set_codes(take, np.hstack([kept, coarse]) if begun else coarse)
                     take.metadata["timings"]["compose"] = round(shared["compose"] / len(batch), 3)
-                    (on_take or (lambda _: None))(take)
+                    keep(take)
         self._done_with("backbone")
+
+    def surprise(self, take: Take) -> float:
+        """Nats of a coarse token of what a take's backbone composed; see Backbone.surprise."""
+        coarse, begun = take.codes[: self.config.tokens.num_coarse], take.kept.shape[1]
+        nats = self.backbone.surprise(np.array(take.prompts[0]), coarse)
+        return float(nats[begun * len(coarse) :].mean())
 
     def _songs(
         self,
@@ -297,7 +315,7 @@ class Khala(Stages):
         layers: int | None,
     ) -> Iterator[Song]:
         with self._following(plan):
-            self.compose_takes(takes, on_progress, keep)
+            self._compose_takes(takes, plan, on_progress, keep)
             made = [take for take in takes if take.layers]
             parts = len(made)
             for part, take in enumerate(made):

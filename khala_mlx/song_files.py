@@ -12,7 +12,7 @@ from khala_mlx.finish import Finish
 from khala_mlx.options import FINISH, OF_THE_FILE, given
 from khala_mlx.player import play_written
 from khala_mlx.request import Request, sidecar_path
-from khala_mlx.song import take_path
+from khala_mlx.song import Song, take_path
 from khala_mlx.take import Take
 from khala_mlx.terminal import Progress, report, when_stopped
 
@@ -80,7 +80,7 @@ def write_song(
 ) -> None:
     """Make what a take lacks and write its three files; the take is there from the start on."""
     song = _made(khala, take, output, options, resumed)
-    song.save(output, **{name: options[name] for name in OF_THE_FILE}, finishing=True)
+    save_song(song, output, options)
     taken = sum(song.metadata["timings"].values())
     report(
         {
@@ -100,15 +100,11 @@ def write_draft(
     khala: Any, take: Take, output: Path, options: dict[str, Any], *, resumed: bool = False
 ) -> None:
     """Refine a take to --draft layers and write how that sounds; the take stays unfinished."""
-    from khala_mlx.audio import write_audio
-
     layers = max(options["draft"], take.layers)
-    sound = output.with_name(f"{output.stem}.draft-{layers}{output.suffix}")
+    sound = draft_path(output, layers)
     check_destination(sound)
     song = _made(khala, take, output, options, resumed, layers)
-    finish = finish_of(options)
-    waveform, _ = finish.apply(song.waveform, song.sample_rate)
-    write_audio(sound, waveform, song.sample_rate, bit_depth=finish.bit_depth)
+    write_sound(sound, song, options)
     report(
         {
             "file": str(sound),
@@ -123,6 +119,28 @@ def write_draft(
         play_written(audio.fit_scale(song.waveform, normalize=True)[0], song.sample_rate)
 
 
+def draft_path(output: Path, layers: int) -> Path:
+    """song.wav -> song.draft-8.wav"""
+    return output.with_name(f"{output.stem}.draft-{layers}{output.suffix}")
+
+
+def write_sound(path: Path, song: Song, options: dict[str, Any]) -> None:
+    """Write the sound of a song alone, without take and sidecar."""
+    finish = finish_of(options)
+    waveform, _ = finish.apply(song.waveform, song.sample_rate)
+    audio.write_audio(path, waveform, song.sample_rate, bit_depth=finish.bit_depth)
+
+
+def of_the_file(options: dict[str, Any], output: Path) -> dict[str, Any]:
+    """What a take records of how its song is to be written."""
+    return {name: options[name] for name in OF_THE_FILE} | {"suffix": output.suffix}
+
+
+def save_song(song: Song, output: Path, options: dict[str, Any]) -> None:
+    """Write the three files of a song whose take is beside `output` already."""
+    song.save(output, **{name: options[name] for name in OF_THE_FILE}, finishing=True)
+
+
 def _made(
     khala: Any,
     take: Take,
@@ -133,7 +151,7 @@ def _made(
 ) -> Any:
     """The song of a take, which is kept in its file beside `output` while it grows."""
     path = take_path(output)
-    take.options = {name: options[name] for name in OF_THE_FILE} | {"suffix": output.suffix}
+    take.options = of_the_file(options, output)
 
     def keep(take: Take) -> None:
         take.save(path, overwrite=True)

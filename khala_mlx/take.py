@@ -36,9 +36,9 @@ def no_codes() -> np.ndarray:
     return np.empty((0, 0), dtype=np.int32)
 
 
-@dataclass
+@dataclass(eq=False)
 class Take:
-    """A song in the making.
+    """A song in the making; each is only equal to itself.
 
     Attributes:
         metadata: the content of the sidecar; "request" and "model" are always in it.

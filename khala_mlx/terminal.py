@@ -207,3 +207,17 @@ def report(data: dict[str, Any], as_json: bool) -> None:
         width = max(len(name) for name in data)
         click.echo("\n".join(f"{name:<{width}}  {value}" for name, value in data.items()))
     sys.stdout.flush()
+
+
+def report_table(rows: list[dict[str, Any]]) -> None:
+    """Print rows that have the same names as a table, numbers to the right."""
+    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(rows[0]))]
+    right = [isinstance(value, (int, float)) for value in rows[0].values()]
+    for line in lines:
+        cells = (
+            cell.rjust(width) if at_right else cell.ljust(width)
+            for cell, width, at_right in zip(line, widths, right, strict=True)
+        )
+        click.echo("  ".join(cells).rstrip())
+    sys.stdout.flush()

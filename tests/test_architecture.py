@@ -13,7 +13,7 @@ RANKS = [
     {"errors", "names", "options", "keys"},
     {"config", "files", "hub", "tags", "loudness", "player", "mel"},
     {"halo", "adapter", "attention"},
-    {"tokens", "sampling", "ops", "audio", "cleaning", "cache", "clock"},
+    {"tokens", "sampling", "ops", "audio", "cleaning", "cache", "clock", "candidates", "words"},
     {"transformer", "quantizer", "tokenizer"},
     {"backbone", "superres", "codec", "prompt", "weights", "finish", "picture", "lora"},
     {"request", "machine", "counts"},
@@ -23,6 +23,7 @@ RANKS = [
     {"pipeline", "info"},
     {"terminal"},
     {"song_files"},
+    {"candidate_files"},
     {"generate_command", "take_commands", "play_command"},
     {"cli"},
 ]

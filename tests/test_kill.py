@@ -35,41 +35,50 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, float]:
-    """The song, and the seconds that making it takes."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, int]:
+    """The song, and how many lines of progress making it takes."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    began = time.perf_counter()
     result = run(folder, *ASKED)
-    taken = time.perf_counter() - began
     assert result.returncode == 0, result.stderr
-    return (folder / "song.wav").read_bytes(), taken
+    return (folder / "song.wav").read_bytes(), len(result.stderr.splitlines())
 
 
-def moments(taken: float) -> list[float]:
-    """Seconds after the start: one drawn from each of as many equal parts of the run."""
-    draw = random.Random(int(os.environ.get("KHALA_KILLS_SEED", "0")))
-    return [taken * (number + draw.random()) / KILLS for number in range(KILLS)]
+def moment(number: int, lines: int) -> tuple[int, float]:
+    """After how many lines of progress, and how many seconds, to kill run `number`.
+
+    By lines and not by the clock, so that all stages are met whatever else the machine does: one
+    moment lies in each of as many equal parts of the run.
+    """
+    draw = random.Random(f"{os.environ.get('KHALA_KILLS_SEED', '0')} {number}")
+    return int((lines + 1) * (number + draw.random()) / KILLS), draw.uniform(0, 0.3)
 
 
 @pytest.mark.parametrize("number", range(KILLS))
 def test_a_killed_song_is_finished(
-    undisturbed: tuple[bytes, float], tmp_path: Path, number: int
+    undisturbed: tuple[bytes, int], tmp_path: Path, number: int
 ) -> None:
-    sound, taken = undisturbed
-    process = subprocess.Popen([*START, *ASKED], cwd=tmp_path, stderr=subprocess.DEVNULL)
-    time.sleep(moments(taken)[number])
+    sound, total = undisturbed
+    lines, seconds = moment(number, total)
+    process = subprocess.Popen(
+        [*START, *ASKED], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    assert process.stderr is not None
+    last = "start"
+    for _ in range(lines):
+        last = process.stderr.readline().strip() or last
+    time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     found = sorted(path.name for path in tmp_path.iterdir())
     if TAKE in found:
         layers = str(Take.load(tmp_path / TAKE).layers)
         result = run(tmp_path, "--resume", TAKE)
     else:
         # So early that nothing was begun: the same command again.
-        layers = "none"
+        layers = "no"
         assert not [name for name in found if not name.startswith(".")]
         result = run(tmp_path, *ASKED)
-    print(f"killed with {layers} layers, {found}")
+    print(f"killed {seconds:.2f} s after {last!r} with {layers} layers, {found}")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "song.wav").read_bytes() == sound
     assert sorted(p.name for p in tmp_path.iterdir()) == ["song.json", TAKE, "song.wav"]
