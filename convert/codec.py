@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from khala_mlx.config import CodecConfig
+from khala_mlx.convert.inert import TensorRef
 from khala_mlx.convert.layout import RESIDUAL_UNITS, codec_shapes
 from khala_mlx.convert.parts import (
     Part,
@@ -30,6 +31,21 @@ GENERATOR = "generator."
 _QUANTIZER = "quantizer.vq_layer_"
 # Training statistics, and second names of the codebooks, which upstream loads before the first.
 _EXTRAS = ("_codebook.inited", "_codebook.cluster_size", "_codebook.embed_avg", "quantizer.embed_")
+
+
+def needed_entries(path: Path) -> set[str]:
+    """Which entries of a codec checkpoint `codec_part` reads, by its directory and pickle alone.
+
+    Raises:
+        ConvertError: naming every tensor that is missing.
+    """
+    archive = TorchZip(path)
+    values, prefix = _state(archive.root, archive.what)
+    inner = [name.removeprefix(prefix) for name in values if name.startswith(prefix)]
+    wanted = _names(inner).sources()
+    require_names(wanted, inner)
+    refs = [values[prefix + name] for name in wanted]
+    return {f"data/{ref.storage.key}" for ref in refs if isinstance(ref, TensorRef)}
 
 
 @dataclass

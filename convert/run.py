@@ -31,7 +31,7 @@ OWN_LICENCE = "Apache-2.0"
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | Located,
     destination: str | Path,
     *,
     dtype: str = "bfloat16",

@@ -16,13 +16,18 @@ from khala_mlx.names import listed, shown
 
 @dataclass(frozen=True)
 class Located:
-    """A folder to read; repository and revision when it was downloaded."""
+    """A folder to read; repository and revision when it was downloaded.
+
+    `partial` names files that have holes where nothing is needed: of them the Hub's checksum is
+    recorded, and only what is read is checked.
+    """
 
     root: Path
     layout: str
     repo: str | None = None
     revision: str | None = None
     checksums: dict[str, str] = field(default_factory=dict)
+    partial: frozenset[str] = frozenset()
 
     def open(self) -> Opened:
         """Read the structure; tensors stay in their files."""
@@ -41,12 +46,19 @@ _HUB_PATTERNS = {
 }
 
 
-def locate(source: str | Path) -> Located:
+def hub_patterns(names: Iterable[str], repo: str) -> tuple[str, ...]:
+    """Which of a repository's files its layout needs, as patterns for fnmatch."""
+    return _HUB_PATTERNS[layout_of(names, repo)]
+
+
+def locate(source: str | Path | Located) -> Located:
     """Find the source and its layout, downloading it where it is a repository.
 
     Raises:
         ConvertError: if there is no such thing, or it is not clear which layout it has.
     """
+    if isinstance(source, Located):
+        return source
     root = Path(source).expanduser()
     if root.is_dir():
         return Located(root, layout_of(_names(root), shown(str(source))))
@@ -55,7 +67,7 @@ def locate(source: str | Path) -> Located:
     if not hub.is_repo_id(source):
         raise ConvertError(f"{shown(str(source))} does not exist.")
     repo = str(source)
-    snapshot = hub.download(repo, lambda names: _HUB_PATTERNS[layout_of(names, repo)])
+    snapshot = hub.download(repo, lambda names: hub_patterns(names, repo))
     layout = layout_of(_names(snapshot.folder), repo)
     return Located(snapshot.folder, layout, repo, snapshot.revision, snapshot.checksums)
 

@@ -62,6 +62,8 @@ def _check_sources(
         name = path.relative_to(root).as_posix()
         used = [extent for extent in extents if extent.path == path]
         checksums[name] = checked_sha256(path, used, count)
+        if name in located.partial:
+            checksums[name] = located.checksums.get(name, "")
         if located.checksums.get(name, checksums[name]) != checksums[name]:
             raise ConvertError(
                 f"{shown(name)} is not what the Hub holds; remove it from the cache and try again."

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from khala_mlx.generate_command import generate
+from khala_mlx.models_commands import models
 from khala_mlx.options import FILE, finish_options, json_option, model_option
 from khala_mlx.play_command import play
 from khala_mlx.take_commands import refine, render
@@ -30,7 +31,7 @@ def main() -> None:
     """
 
 
-for each in (generate, refine, render, play, train):
+for each in (generate, refine, render, play, models, train):
     main.add_command(each)
 
 

@@ -118,6 +118,11 @@ def _told(repo: str, error: Exception) -> HubError:
     from huggingface_hub import errors
 
     name = shown(repo)
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(
+        error.__cause__, errors.HfHubHTTPError
+    ):
+        # Why there is no such entry.
+        error = error.__cause__
     if isinstance(error, errors.GatedRepoError):
         text = (
             f"{name} asks for consent to its terms: give it on its page and log in (hf auth login)."
@@ -135,5 +140,115 @@ def _told(repo: str, error: Exception) -> HubError:
     elif isinstance(error, OSError) and error.errno is not None and error.strerror:
         text = f"{name} cannot be downloaded: {error.strerror}."
     else:
-        text = f"{name} cannot be fetched from the Hugging Face Hub ({type(error).__name__})."
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = f"the Hub answered {status}" if status else type(error).__name__
+        text = f"{name} cannot be fetched from the Hugging Face Hub ({reason})."
     return HubError(text)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository: bytes, and its SHA-256 where the Hub tells it."""
+
+    size: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A repository at one revision."""
+
+    repo: str
+    revision: str
+    files: dict[str, RemoteFile]
+    licence: str = "unknown"
+
+
+def listing(repo: str, revision: str | None = None) -> Listing:
+    """What a repository holds at a revision, by default the newest.
+
+    Raises:
+        HubError: in one sentence; Unreachable where the Hub does not answer or must not be asked.
+    """
+    import huggingface_hub
+
+    try:
+        with _quietly():
+            info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
+    except Exception as error:
+        raise _unreachable(repo, error) or _told(repo, error) from error
+    files = {
+        each.rfilename: RemoteFile(each.size or 0, each.lfs.sha256 if each.lfs else None)
+        for each in info.siblings or []
+    }
+    tags = (tag.partition(":") for tag in info.tags or [])
+    licence = next((value for kind, _, value in tags if kind == "license"), "unknown")
+    return Listing(repo, str(info.sha), files, licence)
+
+
+def fetch(
+    repo: str, revision: str, name: str, folder: Path, on_bytes: Callable[[int], None]
+) -> Path:
+    """Fetch one file into a folder; a file that is there already whole is not fetched again.
+
+    Raises:
+        HubError: in one sentence; what has come stays for the next time.
+    """
+    import huggingface_hub
+    from huggingface_hub import utils
+
+    class Counter(utils.tqdm):
+        """Reports instead of drawing."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+            on_bytes(int(options.get("initial") or 0))
+
+        def update(self, n: float | None = 1) -> None:
+            on_bytes(int(n or 0))
+
+    try:
+        with _quietly():
+            found = huggingface_hub.hf_hub_download(
+                repo, name, revision=revision, local_dir=folder, tqdm_class=Counter
+            )
+    except Exception as error:
+        raise _unreachable(repo, error) or _told(repo, error) from error
+    return Path(found)
+
+
+def read_range(repo: str, revision: str, name: str, start: int, stop: int) -> bytes:
+    """The bytes of a file from start to stop.
+
+    Raises:
+        HubError: in one sentence, also where the Hub gives no parts of files.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+    headers = {**build_hf_headers(), "range": f"bytes={start}-{stop - 1}"}
+    try:
+        with _quietly():
+            url = hf_hub_url(repo, name, revision=revision)
+            response = http_backoff("GET", url, headers=headers, max_retries=2)
+            hf_raise_for_status(response)
+    except Exception as error:
+        raise _unreachable(repo, error) or _told(repo, error) from error
+    if response.status_code != 206 or len(response.content) != stop - start:
+        raise HubError(f"{shown(repo)} did not send the part of {shown(name)} that was asked for.")
+    return bytes(response.content)
+
+
+def _unreachable(repo: str, error: Exception) -> HubError | None:
+    """That the Hub must not be asked, or does not answer; None if it refused."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return Unreachable(f"{shown(repo)} is not here, and HF_HUB_OFFLINE forbids to fetch it.")
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & {"TransportError", "ConnectionError", "TimeoutError", "ReadTimeout"}:
+        return Unreachable(
+            f"The connection to the Hugging Face Hub failed while {shown(repo)} was asked for "
+            f"({type(error).__name__}): try again, what has come is kept."
+        )
+    return None

@@ -16,6 +16,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from khala_mlx import hub
 from khala_mlx.config import WEIGHTS_LICENCE, KhalaConfig
 from khala_mlx.errors import KhalaWarning, WeightsError
+from khala_mlx.names import is_plain_name
+from khala_mlx.places import model_name, models_folder
 
 PARTS = ("backbone", "superres", "codec")
 Part = TypeVar("Part", bound=nn.Module)
@@ -30,7 +32,7 @@ _SAMPLES, _SAMPLE_BYTES = 256, 4096
 
 
 def find_model(source: str | Path) -> Path:
-    """The folder of a model: the one in the box, a local folder, or a Hub snapshot.
+    """The folder of a model: the one in the box, a local folder, one downloaded, a Hub snapshot.
 
     Raises:
         KhalaError: if there is none, saying how to make one.
@@ -40,6 +42,9 @@ def find_model(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.is_file():
         raise WeightsError(f"{path} is a file; a model is a folder made by `khala convert`.")
+    downloaded = models_folder() / model_name(str(source))
+    if not path.exists() and is_plain_name(downloaded.name) and downloaded.is_dir():
+        path = downloaded
     if not path.exists():
         if not hub.is_repo_id(str(source)):
             raise WeightsError(

@@ -1,0 +1,90 @@
+"""`khala models`: list, download, remove."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from khala_mlx.options import json_option
+from khala_mlx.terminal import OneLineErrors, Progress, command, report
+
+
+@click.group(cls=OneLineErrors)
+def models() -> None:
+    """Models on this machine."""
+
+
+@models.command("list")
+@json_option
+@command
+def list_models(as_json: bool) -> None:
+    """List the model in the box and those that were downloaded."""
+    from khala_mlx.models import models as found
+    from khala_mlx.places import models_folder
+
+    every = found()
+    if as_json:
+        report({"folder": str(models_folder()), "models": every}, as_json)
+        return
+    for each in every:
+        size = f"{each.get('bytes', 0) / 1e9:.2f} GB"
+        about = each.get("damaged") or f"{each['dtype']}, {size}, {each['licence']}"
+        click.echo(f"{each['name']:<40}  {about}")
+
+
+@models.command()
+@click.argument("repository")
+@click.option("--name", help="What it is called here.  [default: OWNER--NAME]")
+@click.option("--revision", help="Branch, tag or commit.  [default: the newest]")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]))
+@click.option("--quantize", type=click.Choice(["4", "6", "8"]), help="Pack the language models.")
+@click.option("--tokenizer", metavar="FILE", help="Llama 3.1's, if not beside the weights.")
+@click.option("--accept-licence", is_flag=True, help="Accept the licence of the weights unasked.")
+@json_option
+@command
+def download(
+    repository: str, name: str | None, revision: str | None, accept_licence: bool, as_json: bool,
+    **how: Any,
+) -> None:  # fmt: skip
+    """Fetch weights from the Hugging Face Hub and convert them; go on where it stopped.
+
+    HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1 forbids the network, KHALA_MODELS is where models
+    are kept. The model is then used by its repository's name.
+
+    \b
+    khala models download liujiafeng/Shao-MusicGeneration-v1.0
+    khala generate -m liujiafeng/Shao-MusicGeneration-v1.0 --tags "slow rock"
+    """
+    from khala_mlx.models import download as fetch
+
+    how = {option: value for option, value in how.items() if value is not None}
+    if "quantize" in how:
+        how["quantize"] = int(how["quantize"])
+
+    def accept(repo: str, licence: str) -> bool:
+        click.echo(f"The weights in {repo} are under the licence: {licence}.", err=True)
+        if accept_licence:
+            return True
+        if not sys.stdin.isatty():
+            click.echo("Accept it with --accept-licence.", err=True)
+            return False
+        return click.confirm("Do you accept it?", err=True)
+
+    folder = fetch(
+        repository, name=name, revision=revision, accept=accept, on_progress=Progress(), **how
+    )
+    report({"model": folder.name, "folder": str(folder)}, as_json)
+
+
+@models.command()
+@click.argument("name")
+@json_option
+@command
+def remove(name: str, as_json: bool) -> None:
+    """Delete a downloaded model, and what has come of one."""
+    from khala_mlx.models import remove as delete
+
+    freed = delete(name)
+    report({"removed": name, "freed": f"{freed / 1e9:.2f} GB"}, as_json)
