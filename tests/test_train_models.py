@@ -235,6 +235,15 @@ def test_fine_rows_start_as_codebooks() -> None:
         start_from_codebooks(model, codebooks[:, :15])
 
 
+def test_codebooks_that_are_zero_leave_rows_that_are_zero() -> None:
+    """As of a codec that saw fewer frames than it has codes."""
+    model = SuperRes(SuperResConfig.tiny(), LAYOUT)
+    codebooks = mx.random.normal((8, 16, 6)) * mx.array([1.0, 1, 1, 1, 0, 0, 0, 0])[:, None, None]
+    start_from_codebooks(model, codebooks)
+    for table in (model.embed_tokens, model.lm_head):
+        assert mx.isfinite(table.weight).all().item()
+
+
 def test_superres_starts_as_the_backbone(data: Path, trained: Path) -> None:
     tokenizer = Tokenizer.from_file(data / "tokenizer.json")
     songs = examples_of(read_coded(data, "train"), LAYOUT, tokenizer, lambda *_: 100)

@@ -1,7 +1,8 @@
 """The figures of docs/demo-model.md: codec, songs, superres.
 
     python evaluate.py codec MODEL
-    python evaluate.py songs MODEL JUDGE [--backbone RUN/weights-000300.safetensors]
+    python evaluate.py songs MODEL JUDGE
+    python evaluate.py curve MODEL JUDGE RUN...
     python evaluate.py superres MODEL
     python evaluate.py pictures MODEL OUT
 
@@ -86,7 +87,6 @@ def codec(model: str, clips: int) -> None:
 @click.argument("model")
 @click.argument("judge", type=click.Path(path_type=Path))
 @click.option("--count", default=100, show_default=True)
-@click.option("--backbone", type=click.Path(path_type=Path), help="Other weights, kept in a run.")
 @click.option("--temperature", default=None, type=float)
 @click.option("--top-k", default=None, type=int)
 @click.option("--coarse", is_flag=True, help="Decode the two coarse layers; leave superres out.")
@@ -95,7 +95,6 @@ def songs(
     model: str,
     judge: Path,
     count: int,
-    backbone: Path | None,
     temperature: float | None,
     top_k: int | None,
     coarse: bool,
@@ -103,8 +102,6 @@ def songs(
 ) -> None:
     """Syllables and style that the judge hears in generated songs, and in the truth."""
     khala, jury, truth = Khala.from_pretrained(model), load_judge(judge), prompts(count)
-    if backbone is not None:
-        khala.backbone.load_weights(str(backbone), strict=True)
     sampling = {"temperature": temperature, "top_k": top_k}
     sampling = {name: value for name, value in sampling.items() if value is not None}
     began, waves = time.perf_counter(), []
@@ -126,6 +123,26 @@ def songs(
     if keep is not None:
         _write(keep, waves, truth)
     _print(figures)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("judge", type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--count", default=30, show_default=True)
+def curve(model: str, judge: Path, runs: tuple[Path, ...], count: int) -> None:
+    """What the judge hears in songs of the weights kept along runs of the backbone.
+
+    The two coarse layers are decoded; superres is left out.
+    """
+    khala, jury, truth = Khala.from_pretrained(model), load_judge(judge), prompts(count)
+    for weights in (path for run in runs for path in sorted(run.glob("weights-*.safetensors"))):
+        khala.backbone.load_weights(str(weights), strict=True)
+        waves = []
+        for seed, each in enumerate(truth):
+            seconds = len(each.waveform) / SAMPLE_RATE + _SECONDS_MARGIN
+            waves.append(_generate(khala, each, seed, seconds, {}, coarse=True))
+        _print({"weights": str(weights), "generated": score(judge_songs(jury, waves), truth)})
 
 
 @main.command()
@@ -199,8 +216,10 @@ def _generate(
 ) -> np.ndarray:
     if coarse:
         ids, _ = khala.prompt_ids(tags=each.tags, lyrics=each.lyrics)
-        most = int(seconds * khala.config.codec.frame_rate)
-        return khala.codec.decode(khala.compose(ids, max_frames=most, seed=seed, **sampling))
+        rate = khala.config.codec.frame_rate
+        # Early in its training the backbone may end a song at once.
+        lengths = {"max_frames": int(seconds * rate), "min_frames": int(rate)}
+        return khala.codec.decode(khala.compose(ids, seed=seed, **lengths, **sampling))
     made = khala.generate(
         tags=each.tags, lyrics=each.lyrics, seconds=seconds, seed=seed, **sampling
     )

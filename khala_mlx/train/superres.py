@@ -112,6 +112,8 @@ def start_from_codebooks(model: SuperRes, codebooks: mx.array) -> None:
         coarse = table.weight[: layout.backbone_vocab]
         rows = fine @ mx.random.normal((fine.shape[-1], coarse.shape[-1]))
         spread = mx.std(rows[:1] if together else rows, axis=(1, 2), keepdims=True)
+        # A codec that was hardly trained may have layers that are all zero.
+        spread = mx.maximum(spread, 1e-6)
         if not together:
             rows = rows - _norms(fine, rows)
         rows = (rows * (mx.std(coarse) / spread)).reshape(-1, coarse.shape[-1])
