@@ -133,12 +133,11 @@ class SuperResTraining(_FromFile):
             refinement alone.
         align_songs: songs of a batch that the causal objective sees; 0 is all. Its sequences are
             more than twice as long as those of the refinement.
+        layer_focus: how often layer k is drawn goes as k ** -layer_focus; 0 draws all alike. What
+            the first layers leave open is most of the sound.
         backbone: folder of a trained backbone to start from; "" starts from scratch.
-        codec: folder of the codec run whose codebooks the rows of the fine layers start from; ""
-            starts them at random.
-        freeze_tables: train the body alone and leave embedding and head as they start. With rows
-            from `backbone` and `codec` this learns faster at small sizes: one step touches few
-            rows, and the optimiser shakes all others.
+        codec: folder of the codec run whose codebooks the rows start from: those of the fine layers
+            beside a backbone, or else of all; "" starts them at random.
     """
 
     tokens: TokenLayout = field(default_factory=TokenLayout)
@@ -146,13 +145,13 @@ class SuperResTraining(_FromFile):
     schedule: Schedule = field(default_factory=Schedule)
     align_weight: float = 0.5
     align_songs: int = 0
+    layer_focus: float = 0.0
     backbone: str = ""
     codec: str = ""
-    freeze_tables: bool = False
 
     def __post_init__(self) -> None:
-        if self.align_weight < 0 or self.align_songs < 0:
-            raise ConfigError("align_weight and align_songs have to be 0 or above.")
+        if min(self.align_weight, self.align_songs, self.layer_focus) < 0:
+            raise ConfigError("align_weight, align_songs and layer_focus have to be 0 or above.")
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,8 @@ def start_from_backbone(model: SuperRes, folder: Path) -> None:
     mx.eval(model.parameters())
 
 
-def start_from_codebooks(model: SuperRes, codebooks: mx.array) -> None:
-    """Set the rows of the fine layers to random projections of the codec's codebooks [K, N, D].
+def start_from_codebooks(model: SuperRes, codebooks: mx.array, *, first: int) -> None:
+    """Set the rows of layers `first`.. to random projections of the codec's codebooks [K, N, D].
 
     The sum over known layers is then a projection of the latents they stand for, and codes that
     sound alike start alike. One scale for all layers going in, as latents add up; unit scale for
@@ -107,17 +107,17 @@ def start_from_codebooks(model: SuperRes, codebooks: mx.array) -> None:
             f"The codec has {list(codebooks.shape[:2])} codebooks and rows, the token layout says "
             f"{list(wanted)}."
         )
-    fine = codebooks[layout.num_coarse :].astype(mx.float32)
+    chosen = codebooks[first:].astype(mx.float32)
     for table, together in ((model.embed_tokens, True), (model.lm_head, False)):
-        coarse = table.weight[: layout.backbone_vocab]
-        rows = fine @ mx.random.normal((fine.shape[-1], coarse.shape[-1]))
+        others = table.weight[: tokens.window(layout, first)[0]]
+        rows = chosen @ mx.random.normal((chosen.shape[-1], others.shape[-1]))
         spread = mx.std(rows[:1] if together else rows, axis=(1, 2), keepdims=True)
         # A codec that was hardly trained may have layers that are all zero.
         spread = mx.maximum(spread, 1e-6)
         if not together:
-            rows = rows - _norms(fine, rows)
-        rows = (rows * (mx.std(coarse) / spread)).reshape(-1, coarse.shape[-1])
-        table.weight = mx.concatenate([coarse, rows.astype(coarse.dtype)])
+            rows = rows - _norms(chosen, rows)
+        rows = (rows * (mx.std(others) / spread)).reshape(-1, others.shape[-1])
+        table.weight = mx.concatenate([others, rows.astype(others.dtype)])
     mx.eval(model.parameters())
 
 
@@ -136,16 +136,14 @@ class SuperResTask:
             start_from_backbone(self.model, Path(settings.backbone))
         if settings.codec:
             codec = load_codec(Path(settings.codec))
-            start_from_codebooks(self.model, codec.quantizer.codebooks)
-        if settings.freeze_tables:
-            self.model.embed_tokens.freeze()
-            self.model.lm_head.freeze()
+            # The backbone knows the coarse layers by rows of its own.
+            first = self.layout.num_coarse if settings.backbone else 0
+            start_from_codebooks(self.model, codec.quantizer.codebooks, first=first)
         self.state: dict[str, mx.array] = {}
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Any]:
         chosen = self.train.draw(rng, self.settings.schedule.batch_size)
-        fine = (self.layout.num_coarse, self.layout.num_codebooks)
-        return {"layers": rng.integers(*fine, len(chosen)).tolist(), **self._arrays(chosen)}
+        return {"layers": self._layers(rng, len(chosen)), **self._arrays(chosen)}
 
     def loss(self, batch: dict[str, Any]) -> tuple[mx.array, dict[str, mx.array]]:
         refine = refine_loss(self.model, batch["prompts"], batch["codes"], batch["layers"])
@@ -174,6 +172,11 @@ class SuperResTask:
             layer: float(refine_loss(self.model, prompts, codes, [layer] * len(codes)))
             for layer in range(self.layout.num_coarse, self.layout.num_codebooks)
         }
+
+    def _layers(self, rng: np.random.Generator, count: int) -> list[int]:
+        fine = np.arange(self.layout.num_coarse, self.layout.num_codebooks)
+        shares = fine ** -float(self.settings.layer_focus)
+        return rng.choice(fine, count, p=shares / shares.sum()).tolist()
 
     def _arrays(self, examples: list[Example]) -> dict[str, mx.array]:
         return {
