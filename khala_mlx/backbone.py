@@ -83,7 +83,7 @@ class Backbone(Transformer):
         check_sampling(top_k, temperature)
         check_kv_bits(kv_bits, self.config.head_dim)
         prompt = self.checked_ids(np.asarray(ids)[None], 2, "[1, P]")
-        choices = self._choices(reachable_only)
+        choices = self.choices(reachable_only)
         draws = mx.stack([uniform_draws(key, self.config.context) for key in keys], axis=1)
         rows = _Rows(len(keys), self.layout.end_of_song)
 
@@ -237,7 +237,7 @@ class Backbone(Transformer):
                 f"behind this prompt of {prompt_length} tokens, {max_frames} were asked for."
             )
 
-    def _choices(
+    def choices(
         self, reachable_only: bool
     ) -> list[tuple[Callable[[mx.array], mx.array], mx.array]]:
         """For each turn: the projection onto its candidates, and their ids [C]."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from khala_mlx.bench_command import bench
 from khala_mlx.generate_command import generate
 from khala_mlx.models_commands import models
 from khala_mlx.options import FILE, finish_options, json_option, model_option
@@ -31,7 +32,7 @@ def main() -> None:
     """
 
 
-for each in (generate, refine, render, play, models, train):
+for each in (generate, refine, render, play, models, train, bench):
     main.add_command(each)
 
 

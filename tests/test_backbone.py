@@ -110,7 +110,7 @@ class Scripted(Backbone):
     def hidden(self, ids: mx.array, cache: Any = None) -> mx.array:
         return mx.ones((*ids.shape, self.config.hidden_size))
 
-    def _choices(self, reachable_only: bool) -> Any:
+    def choices(self, reachable_only: bool) -> Any:
         every = mx.arange(self.config.vocab_size)
 
         def project(hidden: mx.array) -> mx.array:

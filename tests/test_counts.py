@@ -1,5 +1,4 @@
 from dataclasses import replace
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,6 +10,7 @@ from khala_mlx.backbone import Backbone
 from khala_mlx.codec import Codec
 from khala_mlx.config import CodecConfig, KhalaConfig, Quantization, TransformerConfig
 from khala_mlx.superres import SuperRes
+from khala_mlx.tally import Tally
 from khala_mlx.weights import pack_layers
 
 TINY, RELEASED = KhalaConfig.tiny(), KhalaConfig()
@@ -49,68 +49,29 @@ def test_bytes_of_packed_layers(how: Quantization) -> None:
     assert counts.transformer_bytes(config, "backbone", 4) == size(model)
 
 
-class Counter:
-    """Counts the operations of every matrix product that MLX is asked for."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.flops = 0
-        for name in ("addmm", "matmul"):
-            self._watch(monkeypatch, mx, name, lambda *a: self._product(a[-2], a[-1]))
-        attention = mx.fast.scaled_dot_product_attention
-
-        def watched(q: mx.array, k: mx.array, v: mx.array, **rest: Any) -> mx.array:
-            pairs = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-            if rest.get("mask") == "causal":
-                rows = q.shape[2]
-                pairs -= q.shape[0] * q.shape[1] * rows * (rows - 1) // 2
-            self.flops += 4 * pairs * q.shape[3]
-            return attention(q, k, v, **rest)
-
-        monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", watched)
-        product = mx.array.__matmul__
-
-        def multiplied(a: mx.array, b: mx.array) -> mx.array:
-            self._product(a, b)
-            return product(a, b)
-
-        monkeypatch.setattr(mx.array, "__matmul__", multiplied)
-
-    def _watch(self, patch: pytest.MonkeyPatch, where: Any, name: str, count: Any) -> None:
-        kept = getattr(where, name)
-
-        def watched(*arrays: mx.array, **rest: Any) -> mx.array:
-            count(*arrays)
-            return kept(*arrays, **rest)
-
-        patch.setattr(where, name, watched)
-
-    def _product(self, a: mx.array, b: mx.array) -> None:
-        self.flops += 2 * a.size * b.shape[-1]
-
-
-def test_operations_of_refine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operations_of_refine() -> None:
     """What is done is the least that can be done."""
     model = SuperRes(TINY.superres, TINY.tokens)
-    counter = Counter(monkeypatch)
-    model._step(mx.zeros((1, 7, 32)), mx.zeros((1, 50, 32)), 3)
+    with Tally().counting() as counter:
+        model._step(mx.zeros((1, 7, 32)), mx.zeros((1, 50, 32)), 3)
     assert counter.flops == counts.refine_flops(TINY, 7, 50)
 
 
-def test_operations_of_compose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operations_of_compose() -> None:
     model = Backbone(TINY.backbone, TINY.tokens)
-    counter = Counter(monkeypatch)
-    model.generate([3] * 9, max_tokens=4, min_tokens=4, key=mx.random.key(0))
+    with Tally().counting() as counter:
+        model.generate([3] * 9, max_tokens=4, min_tokens=4, key=mx.random.key(0))
     least = counts.prompt_flops(TINY, 9) + 2 * 32 * counts.reachable_rows(TINY)
     least += sum(counts.compose_flops(TINY, cached) for cached in (9, 10, 11))
     assert counter.flops == least
 
 
-def test_operations_of_render(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operations_of_render() -> None:
     """Nothing but the rows beyond both ends, which the transposed convs crop, is in excess."""
     config = CodecConfig.tiny()
     model = Codec(config)
-    counter = Counter(monkeypatch)
-    model.decoder(mx.zeros((1, 200, config.latent_dim)))
+    with Tally().counting() as counter:
+        model.decoder(mx.zeros((1, 200, config.latent_dim)))
     assert 1 <= counter.flops / counts.render_flops(config, 200) < 1.01
 
 

@@ -1,0 +1,103 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from khala_mlx import KhalaError, bench
+from khala_mlx.bench import Turns, compared, random_config
+from khala_mlx.cli import main
+
+SMALL = ["--random", "1", "128", "--cached", "20", "--rows", "20", "--chunk-frames", "1"]
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(main, ["bench", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, Any]:
+    result = run(*SMALL, "--turns", 2, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_the_report_has_what_others_rely_on(told: dict[str, Any]) -> None:
+    for stage, speed in (
+        ("compose", "tokens_per_second"),
+        ("refine", "steps_per_second"),
+        ("render", "realtime_factor"),
+    ):
+        assert told[stage][speed] > 0
+        assert 0.1 < told[stage]["floor_ratio"] < 100
+    assert told["compose"]["bytes_ratio"] == pytest.approx(1, abs=0.02)
+    assert told["refine"]["flops_ratio"] == pytest.approx(1, abs=0.001)
+    assert told["peak_bytes"] > 0
+    assert told["forecast_bytes"] / told["peak_bytes"] == pytest.approx(1, abs=0.5)
+    assert told["machine"]["name"]
+
+
+def test_lines_and_a_comparison(told: dict[str, Any], tmp_path: Path) -> None:
+    easy, hard = tmp_path / "easy.json", tmp_path / "hard.json"
+    for path, ratio in ((easy, 1000.0), (hard, 0.001)):
+        old = {stage: {"floor_ratio": ratio} for stage in ("compose", "refine", "render")}
+        path.write_text(json.dumps(old))
+    result = run(*SMALL, "--turns", 1, "--songs", 2, "--compare", easy)
+    assert result.exit_code == 0, result.stderr
+    for line in ("compose  ", "x floor", "GB/s", "compose.floor_ratio", "1000.00 ->"):
+        assert line in result.stdout
+    result = run(*SMALL, "--turns", 1, "--compare", hard)
+    assert result.exit_code == 1
+    assert "More than 25% further from the floor: compose.floor_ratio, refine" in result.stderr
+
+
+def test_a_model_folder(tiny_folder: Path) -> None:
+    result = run("-m", tiny_folder, "--turns", 1, "--chunk-frames", 4, "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    # The defaults end where the tiny windows end.
+    assert told["compose"]["cached_tokens"] == 512 - 32
+    assert told["refine"]["rows"] == 384
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--random", "0", "128"], "at least one layer"),
+        (["--random", "1", "100"], "n * 128"),
+        (["--random", "1", "128", "--cached", "16000", "--turns", "30"], "room for"),
+        (["--compare", "absent.json"], "absent.json cannot be read"),
+        (["--compare", __file__], "is no report of"),
+    ],
+)
+def test_wrong_requests(arguments: list[str], sentence: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert sentence in result.stderr
+
+
+@pytest.mark.parametrize("old", [[], {}, {"compose": 3}, {"compose": {"floor_ratio": "x"}}])
+def test_wrong_reports_are_refused(old: Any) -> None:
+    with pytest.raises(KhalaError, match="no report"):
+        compared({stage: {"floor_ratio": 1.0} for stage in ("compose", "refine", "render")}, old)
+
+
+def test_turns_are_paired(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1.0, 2.0, 5.0, 6.0, 8.0, 12.0, 100.0, 101.0])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    turns = Turns(lambda: None)
+    for done in range(4):
+        turns(done, 4)
+    # The first step, with all that precedes it, does not count; then 3 / 1, 2 / 4, 88 / 1.
+    assert turns.ours == [3.0, 2.0, 88.0]
+    assert turns.bare == [1.0, 4.0, 1.0]
+    assert turns.ratio == 3.0
+    assert turns.seconds == 3.0
+
+
+def test_random_weights_have_the_released_shapes() -> None:
+    full = random_config(24, 2048)
+    assert full.backbone.intermediate_size == 5632
+    assert (full.superres.num_heads, full.superres.num_kv_heads) == (32, 8)
+    assert (full.codec.decoder_dim, full.codec.encoder_dim) == (192, 128)
