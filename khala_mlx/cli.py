@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from khala_mlx.batch_command import batch
 from khala_mlx.bench_command import bench
 from khala_mlx.generate_command import generate
 from khala_mlx.models_commands import models
@@ -32,7 +33,7 @@ def main() -> None:
     """
 
 
-for each in (generate, refine, render, play, models, train, bench):
+for each in (generate, refine, render, play, batch, models, train, bench):
     main.add_command(each)
 
 

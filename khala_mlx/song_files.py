@@ -79,7 +79,7 @@ def write_song(
     khala: Any, take: Take, output: Path, options: dict[str, Any], *, resumed: bool = False
 ) -> None:
     """Make what a take lacks and write its three files; the take is there from the start on."""
-    song = _made(khala, take, output, options, resumed)
+    song = made(khala, take, output, options, resumed)
     save_song(song, output, options)
     taken = sum(song.metadata["timings"].values())
     report(
@@ -103,7 +103,7 @@ def write_draft(
     layers = max(options["draft"], take.layers)
     sound = draft_path(output, layers)
     check_destination(sound)
-    song = _made(khala, take, output, options, resumed, layers)
+    song = made(khala, take, output, options, resumed, layers)
     write_sound(sound, song, options)
     report(
         {
@@ -141,15 +141,17 @@ def save_song(song: Song, output: Path, options: dict[str, Any]) -> None:
     song.save(output, **{name: options[name] for name in OF_THE_FILE}, finishing=True)
 
 
-def _made(
+def made(
     khala: Any,
     take: Take,
     output: Path,
     options: dict[str, Any],
     resumed: bool,
     layers: int | None = None,
-) -> Any:
+    progress: Any = None,
+) -> Song:
     """The song of a take, which is kept in its file beside `output` while it grows."""
+    progress = progress or Progress()
     path = take_path(output)
     take.options = of_the_file(options, output)
 
@@ -159,7 +161,7 @@ def _made(
 
     if resumed:
         keep(take)
-        return khala.make(take, Progress(), keep, layers)
+        return khala.make(take, progress, keep, layers)
     take.save(path)
     # Until there is something worth keeping, an error or Ctrl-C takes it away again.
     with provisional(path) as settle:
@@ -168,7 +170,7 @@ def _made(
             keep(take)
             settle()
 
-        return khala.make(take, Progress(), keep_for_good, layers)
+        return khala.make(take, progress, keep_for_good, layers)
 
 
 def _is_of(take: Take, sidecar: Path) -> bool:

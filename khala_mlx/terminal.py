@@ -77,17 +77,18 @@ def command(work: Callable[P, R]) -> Callable[P, R]:
                 failure.append(error)
             finally:
                 _close_streams()
+                # Not Thread.join: a Ctrl-C inside it makes Python take the thread for ended.
+                done.set()
 
+        done = threading.Event()
         with warnings.catch_warnings():
             warnings.simplefilter("always", KhalaWarning)
             warnings.showwarning = _show_warning
             _hints.clear()
-            worker = threading.Thread(target=target, daemon=True)
-            worker.start()
+            threading.Thread(target=target, daemon=True).start()
             try:
                 with _terminate_like_interrupt():
-                    while worker.is_alive():
-                        worker.join(0.1)
+                    _wait_for(done)
             except KeyboardInterrupt:
                 discard_unfinished()
                 keys.restore()
@@ -103,6 +104,35 @@ def command(work: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+# The innermost says whether the work goes on in spite of Ctrl-C.
+_interrupts: list[Callable[[], bool]] = []
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which nobody may answer with going on."""
+
+
+@contextmanager
+def on_interrupt(answer: Callable[[], bool]) -> Iterator[None]:
+    """Let `answer` say, when Ctrl-C is pressed, whether the work goes on."""
+    _interrupts.append(answer)
+    try:
+        yield
+    finally:
+        _interrupts.remove(answer)
+
+
+def _wait_for(done: threading.Event) -> None:
+    while not done.is_set():
+        try:
+            done.wait(0.1)
+        except _Terminated:
+            raise
+        except KeyboardInterrupt:
+            if not _interrupts or not _interrupts[-1]():
+                raise
+
+
 def _close_streams() -> None:
     # MLX aborts the process at exit if a thread that is gone has left its streams open.
     if "mlx.core" in sys.modules:
@@ -112,7 +142,7 @@ def _close_streams() -> None:
 @contextmanager
 def _terminate_like_interrupt() -> Iterator[None]:
     def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise _Terminated
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -193,6 +223,29 @@ class Progress:
         line = f"{self._stage:<8} {bar} {100 * done // max(total, 1):3d} %  {timing:<12}"
         # \x1b[K clears what a longer line left; a line wider than the window would scroll.
         click.echo("\r" + line[: max(1, columns - 1)] + "\x1b[K", nl=done >= total, err=True)
+
+
+class Line:
+    """One line on standard error, drawn over on a terminal; elsewhere only what is said."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
+
+    def draw(self, text: str) -> None:
+        """Show what is passing."""
+        if self._shown:
+            self._write(text)
+
+    def say(self, text: str) -> None:
+        """Show what stays."""
+        text = " ".join(text.split())
+        if self._shown:
+            self._write("")
+        click.echo(text, err=True)
+
+    def _write(self, text: str) -> None:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        click.echo("\r" + text[: max(1, columns - 1)] + "\x1b[K", nl=False, err=True)
 
 
 def _minutes(seconds: float) -> str:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the ground up; a module may import (at its top or inside functions) only from lower ranks.
 RANKS = [
-    {"errors", "names", "options", "keys", "places", "tally"},
+    {"errors", "names", "options", "keys", "places", "awake", "tally"},
     {"config", "files", "hub", "tags", "loudness", "player", "mel"},
     {"halo", "adapter", "attention"},
     {"tokens", "sampling", "ops", "audio", "cleaning", "cache", "clock", "candidates", "words"},
@@ -18,14 +18,21 @@ RANKS = [
     {"backbone", "superres", "codec", "prompt", "weights", "finish", "picture", "lora"},
     {"request", "machine", "counts"},
     {"take", "lengths", "envelope"},
-    {"planning", "floor"},
+    {"planning", "floor", "batch"},
     {"bench"},
     {"song", "stages", "beginning"},
     {"pipeline", "info"},
     {"terminal", "models"},
     {"song_files"},
     {"candidate_files"},
-    {"generate_command", "take_commands", "play_command", "models_commands", "bench_command"},
+    {
+        "generate_command",
+        "take_commands",
+        "play_command",
+        "models_commands",
+        "batch_command",
+        "bench_command",
+    },
     {"cli"},
 ]
 

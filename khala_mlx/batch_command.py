@@ -1,0 +1,149 @@
+"""`khala batch`: a list of songs, one after the other; restartable, stopped gently by Ctrl-C."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from khala_mlx.options import FILE, adapter_options, finish_options, json_option, model_option
+from khala_mlx.terminal import Line, command, on_interrupt, report
+
+
+@click.command()
+@click.argument("path", type=FILE, metavar="LIST")
+@click.option("--out", type=FILE, default=".", help="The folder of the songs.  [default: here]")
+@click.option(
+    "--format", "suffix", type=click.Choice(["wav", "flac", "ogg", "mp3"]), default="wav",
+    show_default=True, help="Of songs whose line names no output.",
+)  # fmt: skip
+@model_option
+@adapter_options
+@finish_options
+@json_option
+@command
+def batch(path: Path, out: Path, suffix: str, as_json: bool, **options: Any) -> None:
+    """Make the songs of LIST, a .jsonl or .csv file with the options of `generate` as fields.
+
+    A song that fails is told and passed over. The same command again makes what is missing and
+    goes on with a song that was begun. Ctrl-C finishes the song at hand, twice stops at once.
+
+    \b
+    {"tags": "waltz", "lyrics": "do re mi", "seed": 1, "output": "first.mp3", "title": "First"}
+    {"tags": "slow rock", "minutes": 2, "instrumental": true}
+    """
+    from khala_mlx.awake import keep_awake
+    from khala_mlx.batch import read_list
+    from khala_mlx.song_files import finish_of, open_model
+
+    entries = read_list(path, f".{suffix}")
+    finish_of(options)
+    khala = open_model(options)
+    told: list[dict[str, Any]] = []
+    stopping: list[bool] = []
+
+    def stop_gently() -> bool:
+        stopping.append(True)
+        click.echo("\nThe song at hand is finished first; Ctrl-C again stops at once.", err=True)
+        return len(stopping) == 1
+
+    with keep_awake(), on_interrupt(stop_gently):
+        line = _Progress(len(entries))
+        for number, entry in enumerate(entries, 1):
+            if stopping:
+                break
+            line.begin(number, entry.output)
+            told.append(_made(khala, entry, out, options, line))
+            line.end(told[-1])
+    _summarise(told, len(entries), as_json)
+
+
+def _made(khala: Any, entry: Any, out: Path, options: dict[str, Any], progress: Any) -> Any:
+    """What became of one entry: {line, file, state} and an error or seconds and seed."""
+    from khala_mlx.errors import KhalaError
+
+    result = {"line": entry.line, "file": str(out / entry.output)}
+    if entry.error:
+        return {**result, "state": "failed", "error": entry.error}
+    try:
+        return {**result, **_song(khala, entry, out / entry.output, options, progress)}
+    except KhalaError as error:
+        return {**result, "state": "failed", "error": f"line {entry.line}: {error}"}
+
+
+def _song(
+    khala: Any, entry: Any, output: Path, options: dict[str, Any], progress: Any
+) -> dict[str, Any]:
+    from khala_mlx.audio import check_output
+    from khala_mlx.song import check_free, take_path
+    from khala_mlx.song_files import check_unfinished, finish_of, made, save_song
+    from khala_mlx.take import Take
+
+    request = entry.request(secrets.randbelow(2**32))
+    options = {**options, "title": "", "artist": "", **entry.names}
+    check_output(output, finish_of(options).bit_depth)
+    begun = take_path(output).exists()
+    if begun:
+        take = Take.load(take_path(output))
+        _require_same(take.request, entry, request)
+        if not check_unfinished(take, output):
+            return {"state": "there already"}
+        take = khala.adopt(take)
+    else:
+        check_free(output)
+        take = khala.begin(request)
+    song = made(khala, take, output, options, begun, progress=progress)
+    save_song(song, output, options)
+    return {"state": "made", "seconds": round(song.duration, 2), "seed": take.request.seed}
+
+
+def _require_same(there: Any, entry: Any, request: Any) -> None:
+    """Refuse to go on with a take that is not of this entry; a drawn seed may be any."""
+    import dataclasses
+
+    from khala_mlx.errors import KhalaError
+
+    wanted = request if "seed" in entry.values else dataclasses.replace(request, seed=there.seed)
+    if there != wanted:
+        raise KhalaError("another song lies at this output; remove it or name another.")
+
+
+class _Progress:
+    """One line: which song, which stage, and how long the rest takes at the pace so far."""
+
+    def __init__(self, total: int) -> None:
+        self._line, self._total = Line(), total
+        self._number, self._name, self._made = 0, "", 0
+        self._began = time.monotonic()
+
+    def begin(self, number: int, name: str) -> None:
+        self._number, self._name = number, name
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        text = f"{self._number}/{self._total} {self._name}: {stage} {100 * done // max(total, 1)} %"
+        if self._made:
+            pace = (time.monotonic() - self._began) / self._made
+            left = int(pace * (self._total - self._number + 1))
+            text += f", about {left // 60}:{left % 60:02d} left"
+        self._line.draw(text)
+
+    def end(self, told: dict[str, Any]) -> None:
+        self._made += told["state"] == "made"
+        text = f"{self._number}/{self._total} {self._name}: {told['state']}"
+        self._line.say(text + (f": {told['error']}" if "error" in told else ""))
+
+
+def _summarise(told: list[dict[str, Any]], total: int, as_json: bool) -> None:
+    states = [each["state"] for each in told]
+    counts = {
+        "made": states.count("made"),
+        "there_already": states.count("there already"),
+        "failed": states.count("failed"),
+        "not_begun": total - len(told),
+    }
+    report({**counts, "songs": told} if as_json else counts, as_json)
+    if counts["failed"] or counts["not_begun"]:
+        click.get_current_context().exit(1)

@@ -1,0 +1,255 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+from click.testing import CliRunner, Result
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from khala_mlx.awake import keep_awake
+from khala_mlx.batch import read_list
+from khala_mlx.cli import main
+from khala_mlx.errors import KhalaError
+
+SHORT = {"seconds": 0.1, "min_seconds": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write(*entries: Any) -> Path:
+    path = Path("songs.jsonl")
+    path.write_text("\n".join(e if isinstance(e, str) else json.dumps(e) for e in entries))
+    return path
+
+
+def batch(model: Path, *arguments: Any) -> Result:
+    return CliRunner().invoke(main, ["batch", "-m", str(model), *map(str, arguments)])
+
+
+def test_a_list_is_made_and_errors_stay_with_their_song(tiny_folder: Path) -> None:
+    path = write(
+        {**SHORT, "tags": "pop", "seed": 1, "output": "a.mp3", "title": "First"},
+        "no json",
+        {**SHORT, "tempo": 3},
+        {**SHORT, "minutes": 11, "output": "c.wav"},
+        {**SHORT, "seed": 2},
+        {**SHORT, "output": "../evil.wav"},
+        {**SHORT, "output": "A.wav"},
+    )
+    result = batch(tiny_folder, path, "--out", "songs", "--json")
+    assert result.exit_code == 1
+    told = json.loads(result.stdout)
+    states = [each["state"] for each in told["songs"]]
+    assert states == ["made", "failed", "failed", "failed", "made", "failed", "failed"]
+    assert (told["made"], told["failed"], told["not_begun"]) == (2, 5, 0)
+    errors = [each.get("error", "") for each in told["songs"]]
+    for error, sentence in zip(
+        errors,
+        ["", "one JSON object", "tempo", "1..10", "", "without folders", "output of line 1"],
+        strict=True,
+    ):
+        assert sentence in error
+    names = sorted(p.name for p in Path("songs").iterdir())
+    assert [n for n in names if "take" not in n] == [
+        "a.json", "a.mp3", "song-0005.json", "song-0005.wav",
+    ]  # fmt: skip
+    with soundfile.SoundFile("songs/a.mp3") as file:
+        assert file.title == "First"
+    # A pipe gets one line a song.
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("Warning")]
+    assert len(lines) == 7
+    assert lines[0] == "1/7 a.mp3: made"
+    assert not Path("evil.wav").exists()
+
+
+def test_the_same_command_again_makes_what_is_missing(tiny_folder: Path) -> None:
+    path = write({**SHORT, "tags": "pop", "output": "a.wav"}, {**SHORT, "output": "b.wav"})
+    assert batch(tiny_folder, path).exit_code == 0
+    before = Path("a.wav").read_bytes()
+    kept = json.loads(Path("b.json").read_text())["request"]["seed"]
+    # As if it had been stopped with b's take written and its sound not.
+    Path("b.wav").unlink()
+    Path("b.json").unlink()
+    told = json.loads(batch(tiny_folder, path, "--json").stdout)
+    assert [each["state"] for each in told["songs"]] == ["there already", "made"]
+    assert Path("a.wav").read_bytes() == before
+    assert json.loads(Path("b.json").read_text())["request"]["seed"] == kept
+    path = write({**SHORT, "tags": "rock", "output": "a.wav"})
+    assert "another song lies" in batch(tiny_folder, path).stderr
+
+
+def test_csv(tiny_folder: Path) -> None:
+    Path("songs.csv").write_text(
+        "\ufefftags,lyrics,seed,seconds,min_seconds,instrumental,output\n"
+        'pop,"la\nla",7,0.1,0.1,no,a.wav\n'
+        "pop,,8,0.1,0.1,yes,b.wav\n"
+        "pop,,x,0.1,0.1,perhaps,c.wav\n"
+        "pop,,1,1,1,yes,d.wav,more\n",
+        encoding="utf-8",
+    )
+    told = json.loads(batch(tiny_folder, "songs.csv", "--json").stdout)
+    assert [e["state"] for e in told["songs"]] == ["made", "made", "failed", "failed"]
+    request = json.loads(Path("a.json").read_text())["request"]
+    assert (request["lyrics"], request["seed"], request["instrumental"]) == ("la\nla", 7, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.jsonl", b"", "names no songs"),
+        ("a.txt", b"{}", ".jsonl or .csv"),
+        ("a.jsonl", b"\xff\xfe", "no UTF-8"),
+        ("absent.jsonl", None, "cannot be read"),
+    ],
+)
+def test_wrong_lists(tiny_folder: Path, name: str, content: bytes | None, sentence: str) -> None:
+    if content is not None:
+        Path(name).write_bytes(content)
+    result = batch(tiny_folder, name)
+    assert result.exit_code == 1
+    assert sentence in result.stderr
+
+
+TEXT = st.text(max_size=300).map(lambda text: text.encode("utf-8", "replace"))
+CONTENT = st.binary(max_size=300) | TEXT
+# Lists are read in a millisecond; writing them takes longer.
+FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+
+
+def is_one_line(error: KhalaError, *parts: str) -> bool:
+    return "\n" not in str(error) and all(part in str(error) for part in parts)
+
+
+@FUZZ
+@given(content=CONTENT)
+def test_lists_of_anything(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    folder = tmp_path_factory.mktemp("fuzz")
+    told: list[bool] = []
+    for name in ("a.jsonl", "a.csv"):
+        (folder / name).write_bytes(content)
+        try:
+            entries = read_list(folder / name)
+        except KhalaError as error:
+            told.append(is_one_line(error))
+            continue
+        assert all(entry.error or not set(entry.output) & set("/\\") for entry in entries)
+    assert all(told)
+
+
+VALUES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.lists(st.integers())
+)
+FIELDS = st.sampled_from(["tags", "lyrics", "minutes", "seed", "output", "title", "seconds", "x"])
+
+
+@FUZZ
+@given(values=st.dictionaries(FIELDS, VALUES, max_size=4))
+def test_entries_of_anything(tmp_path_factory: pytest.TempPathFactory, values: Any) -> None:
+    folder = tmp_path_factory.mktemp("fuzz")
+    (folder / "a.jsonl").write_text(json.dumps(values))
+    told: list[bool] = []
+    for entry in read_list(folder / "a.jsonl"):
+        inside = (folder / entry.output).resolve().parent == folder.resolve()
+        assert inside
+        if not entry.error:
+            try:
+                entry.request(0)
+            except KhalaError as error:
+                told.append(is_one_line(error, f"line {entry.line}"))
+    assert all(told)
+
+
+SLOW = """
+import sys, time
+from khala_mlx.pipeline import Khala
+make = Khala.make
+def slowly(self, *rest):
+    print("making", flush=True)
+    time.sleep(1.5)
+    return make(self, *rest)
+Khala.make = slowly
+from khala_mlx.cli import main
+main(sys.argv[1:])
+"""
+
+
+def started(model: Path, path: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, "batch", "-m", str(model), str(path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "making\n"
+    process.send_signal(signal.SIGINT)
+    return process
+
+
+def test_ctrl_c_once_finishes_the_song_at_hand(tiny_folder: Path) -> None:
+    path = write({**SHORT, "output": "a.wav"}, {**SHORT, "output": "b.wav"})
+    process = started(tiny_folder, path)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "finished first" in stderr
+    assert "not_begun      1" in stdout
+    assert Path("a.wav").exists()
+    assert not Path("b.take.safetensors").exists()
+
+
+def test_ctrl_c_twice_stops(tiny_folder: Path) -> None:
+    process = started(tiny_folder, write({**SHORT, "output": "a.wav"}))
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - began < 1.4
+    assert process.returncode == 1
+    assert "Stopped" in stderr
+    assert not Path("a.wav").exists()
+
+
+class Caffeinate:
+    def __init__(self) -> None:
+        self.command: list[str] = []
+        self.ended = False
+
+    def __call__(self, command: list[str], **_: Any) -> "Caffeinate":
+        self.command = command
+        return self
+
+    def terminate(self) -> None:
+        self.ended = True
+
+    def wait(self) -> None:
+        assert self.ended
+
+
+def test_a_mac_stays_awake() -> None:
+    fake = Caffeinate()
+    with keep_awake("darwin", fake):
+        assert fake.command == ["/usr/bin/caffeinate", "-i", "-w", str(os.getpid())]
+        assert not fake.ended
+    assert fake.ended
+    other = Caffeinate()
+    with keep_awake("linux", other):
+        assert other.command == []
+
+    def absent(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError
+
+    with keep_awake("darwin", absent):
+        pass
