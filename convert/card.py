@@ -60,14 +60,18 @@ def card(config: KhalaConfig) -> str:
         source = "trained with `khala train`"
         what = "Weights of a song model after Khala's recipe (arXiv 2605.01790),"
         terms = _TRAINED + (_LLAMA if _has_llamas_tokenizer(config) else "")
-    packed = next(iter(config.quantization.values()), None)
+    packed = [
+        f"{how.bits} bits in groups of {how.group_size}"
+        + ("" if how.mode == "affine" else f" ({how.mode})")
+        for how in dict.fromkeys(config.quantization.values())
+    ]
     return _CARD.format(
         licence_id=_HUB_IDS.get(config.licence, "other"),
         base=f"base_model: {repo}\n" if repo else "",
         what=what,
         source=source,
         dtype=config.dtype,
-        quantization=f"{packed.bits} bits in groups of {packed.group_size}" if packed else "none",
+        quantization=", ".join(packed) or "none",
         fc1_bias=config.fc1_bias,
         rate=config.codec.sample_rate,
         channels=config.codec.channels,

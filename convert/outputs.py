@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from khala_mlx.config import Quantization
 from khala_mlx.convert.layout import is_fc1_bias
 from khala_mlx.convert.parts import Part
+from khala_mlx.convert.recipe import Recipe
 from khala_mlx.convert.safetensors_files import Entry, Output
 from khala_mlx.convert.tensors import Tensor, blocks, narrow, to_float32
 from khala_mlx.errors import ConvertError
@@ -26,14 +27,8 @@ class Packing:
 
     dtype: str
     fc1_scale: float = 1.0
-    quantization: Quantization | None = None
+    recipe: Recipe = field(default_factory=Recipe)
     codec_dtype: str = "float32"
-
-    def packs(self, tensor: Tensor) -> bool:
-        """Whether a tensor is quantised: matrices whose rows divide into groups."""
-        if self.quantization is None or len(tensor.shape) != 2:
-            return False
-        return tensor.shape[1] % self.quantization.group_size == 0
 
 
 def transformer_outputs(part: Part[Any], packing: Packing) -> list[Output]:
@@ -41,8 +36,8 @@ def transformer_outputs(part: Part[Any], packing: Packing) -> list[Output]:
     outputs = []
     for name, tensor in part.tensors.items():
         scale = packing.fc1_scale if is_fc1_bias(name) else 1.0
-        if packing.quantization and packing.packs(tensor):
-            outputs.append(_quantised(name, tensor, packing.dtype, packing.quantization))
+        if how := packing.recipe.how(part.name, name, tensor.shape):
+            outputs.append(_quantised(name, tensor, packing.dtype, how))
         else:
             outputs.append(_plain(name, tensor, packing.dtype, scale))
     return outputs
@@ -55,12 +50,10 @@ def codec_outputs(part: Part[Any], packing: Packing) -> list[Output]:
 
 def packed_layers(part: Part[Any], packing: Packing) -> dict[str, Quantization]:
     """config.json's `quantization` for one part."""
-    if packing.quantization is None:
-        return {}
     return {
-        f"{part.name}.{name.removesuffix('.weight')}": packing.quantization
+        f"{part.name}.{name.removesuffix('.weight')}": how
         for name, tensor in part.tensors.items()
-        if packing.packs(tensor)
+        if (how := packing.recipe.how(part.name, name, tensor.shape))
     }
 
 
@@ -123,23 +116,23 @@ def _quantised(name: str, tensor: Tensor, dtype: str, how: Quantization) -> Outp
     rows, columns = tensor.shape
     stem = name.removesuffix(".weight")
     groups = (rows, columns // how.group_size)
-    entries = (
-        Entry(name, "uint32", (rows, columns * how.bits // 32)),
-        Entry(f"{stem}.scales", dtype, groups),
-        Entry(f"{stem}.biases", dtype, groups),
-    )
+    entries = [Entry(name, "uint32", (rows, columns * how.bits // 32))]
+    if how.mode == "affine":
+        entries += [Entry(f"{stem}.{which}", dtype, groups) for which in ("scales", "biases")]
+    else:
+        # Powers of two, a byte each; these modes have no biases.
+        entries.append(Entry(f"{stem}.scales", "uint8", groups))
 
     def make() -> Iterator[np.ndarray]:
-        scales, biases = [], []
+        beside: list[list[np.ndarray]] = []
         for start, stop in blocks(tensor):
-            packed, scale, bias = _pack(_converted(tensor, start, stop, dtype, 1.0), dtype, how)
-            scales.append(scale)
-            biases.append(bias)
+            packed, *rest = _pack(_converted(tensor, start, stop, dtype, 1.0), dtype, how)
+            beside.append(rest)
             yield packed
-        yield from scales
-        yield from biases
+        for pieces in zip(*beside, strict=True):
+            yield from pieces
 
-    return Output(entries, make)
+    return Output(tuple(entries), make)
 
 
 def _pack(values: np.ndarray, dtype: str, how: Quantization) -> list[np.ndarray]:
@@ -147,12 +140,10 @@ def _pack(values: np.ndarray, dtype: str, how: Quantization) -> list[np.ndarray]
     import mlx.core as mx
 
     array = mx.array(values).view(mx.bfloat16) if dtype == "bfloat16" else mx.array(values)
-    packed, scales, biases = mx.quantize(
-        array, group_size=how.group_size, bits=how.bits, mode=how.mode
-    )
-    if dtype == "bfloat16":
-        scales, biases = scales.view(mx.uint16), biases.view(mx.uint16)
-    return [np.array(packed), np.array(scales), np.array(biases)]
+    arrays = mx.quantize(array, group_size=how.group_size, bits=how.bits, mode=how.mode)
+    # NumPy has no bfloat16.
+    plain = [each.view(mx.uint16) if each.dtype == mx.bfloat16 else each for each in arrays]
+    return [np.array(each) for each in plain]
 
 
 def unpacked(pieces: Sequence[tuple[np.ndarray, str]], how: Quantization) -> np.ndarray:

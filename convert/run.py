@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from khala_mlx.config import DTYPES, KhalaConfig, Quantization
+from khala_mlx.config import DTYPES, KhalaConfig
 from khala_mlx.convert import model_folder, trained
 from khala_mlx.convert.card import card
 from khala_mlx.convert.outputs import Packing, packed_layers
 from khala_mlx.convert.parts import Opened, token_layout
+from khala_mlx.convert.recipe import recipe
 from khala_mlx.convert.source import Located, locate
 from khala_mlx.convert.tokenizer import Tokenizer
 from khala_mlx.convert.tokenizer import find as find_tokenizer
@@ -22,8 +24,6 @@ from khala_mlx.errors import ConvertError, KhalaWarning
 from khala_mlx.files import appears_whole
 from khala_mlx.names import listed, shown
 
-BITS = (4, 6, 8)
-GROUP_SIZES = (32, 64, 128)
 FC1_BIASES = ("double", "single")
 CODEC_DTYPES = ("float32", "float16")
 # The licence of this package: whoever trains a model of their own may choose another.
@@ -36,7 +36,8 @@ def convert(
     *,
     dtype: str = "bfloat16",
     codec_dtype: str = "float32",
-    quantize: int | None = None,
+    quantize: str | int | None = None,
+    quantize_parts: Mapping[str, str | int] | None = None,
     group_size: int = 64,
     tokenizer: str | Path | None = None,
     fc1_bias: str | None = None,
@@ -50,7 +51,9 @@ def convert(
         destination: the folder to make; it must not exist.
         dtype: of the language models: bfloat16, float16 or float32.
         codec_dtype: what the codec is stored in, float32 or float16; it computes in float32.
-        quantize: bits per weight of the language models' matrices (4, 6 or 8), or None.
+        quantize: how the language models' matrices are packed, "4", "6" or "8" bits, "mxfp4" or
+            "mxfp8", or None.
+        quantize_parts: other choices, or "none", for "embedding", "head", "body" and "superres".
         group_size: weights that share a scale (32, 64 or 128).
         tokenizer: a tokenizer.json, a folder or repository with one; by default the one beside
             the source, or else Llama 3.1's from the Hub.
@@ -63,7 +66,8 @@ def convert(
     Raises:
         KhalaError: in one sentence; nothing is left at `destination`.
     """
-    _check_options(dtype, codec_dtype, quantize, group_size, fc1_bias)
+    _check_options(dtype, codec_dtype, fc1_bias)
+    packed_as = recipe(quantize, group_size, quantize_parts)
 
     def work(folder: Path) -> dict[str, Any]:
         with _naming_the_source():
@@ -73,7 +77,7 @@ def convert(
         packing = Packing(
             dtype,
             _fc1_scale(opened, found),
-            Quantization(quantize, group_size) if quantize else None,
+            packed_as,
             codec_dtype,
         )
         config = _config(opened, packing, found)
@@ -92,7 +96,8 @@ def pack(
     tokenizer: str | Path,
     dtype: str = "float32",
     codec_dtype: str = "float32",
-    quantize: int | None = None,
+    quantize: str | int | None = None,
+    quantize_parts: Mapping[str, str | int] | None = None,
     group_size: int = 64,
     licence: str = OWN_LICENCE,
     on_progress: Progress | None = None,
@@ -107,14 +112,14 @@ def pack(
 
     The other arguments, the report and the errors are those of `convert`.
     """
-    _check_options(dtype, codec_dtype, quantize, group_size, None)
+    _check_options(dtype, codec_dtype, None)
+    packed_as = recipe(quantize, group_size, quantize_parts)
     if not licence.strip() or not licence.isprintable():
         raise ConvertError("licence has to be one line of text.")
     runs = {"codec": Path(codec), "backbone": Path(backbone), "superres": Path(superres)}
 
     def work(folder: Path) -> dict[str, Any]:
-        how = Quantization(quantize, group_size) if quantize else None
-        packing = Packing(dtype, 1.0, how, codec_dtype)
+        packing = Packing(dtype, 1.0, packed_as, codec_dtype)
         with _naming_the_source():
             opened = trained.open_runs(runs, licence)
             trained.require_whole_packing(opened, packing)
@@ -147,14 +152,10 @@ def _naming_the_source() -> Iterator[None]:
         raise ConvertError(f"The source cannot be read: {error.strerror}.") from error
 
 
-def _check_options(
-    dtype: str, codec_dtype: str, quantize: int | None, group_size: int, fc1_bias: str | None
-) -> None:
+def _check_options(dtype: str, codec_dtype: str, fc1_bias: str | None) -> None:
     for name, value, known in (
         ("dtype", dtype, DTYPES),
         ("codec_dtype", codec_dtype, CODEC_DTYPES),
-        ("quantize", quantize, (None, *BITS)),
-        ("group_size", group_size, GROUP_SIZES),
         ("fc1_bias", fc1_bias, (None, *FC1_BIASES)),
     ):
         if value not in known:
@@ -170,8 +171,8 @@ def _fc1_scale(opened: Opened, wanted: str) -> float:
 
 def _config(opened: Opened, packing: Packing, fc1_bias: str) -> KhalaConfig:
     layers = packed_layers(opened.backbone, packing) | packed_layers(opened.superres, packing)
-    if packing.quantization and not layers:
-        size = packing.quantization.group_size
+    if packing.recipe and not layers:
+        size = listed(packing.recipe.group_sizes)
         raise ConvertError(
             f"Nothing can be quantised, no row divides into groups of {size}; choose smaller "
             "groups or leave it."
@@ -210,16 +211,13 @@ def _write_all(
     tokens.copy_to(folder)
     write_json(folder / "config.json", config.to_dict())
     (folder / "README.md").write_text(card(config), encoding="utf-8")
-    packed = packing.quantization
     return {
         "layout": opened.layout,
         "repo": located.repo,
         "revision": located.revision,
         "dtype": config.dtype,
         "fc1_bias": config.fc1_bias,
-        "quantization": {**dataclasses.asdict(packed), "layers": len(config.quantization)}
-        if packed
-        else None,
+        "quantization": packing_report(config),
         "parts": parts,
         "bytes": sum(path.stat().st_size for path in folder.iterdir()),
         "unused": {part.name: list(part.unused) for part in opened.parts},
@@ -228,6 +226,16 @@ def _write_all(
         "tokenizer": {"origin": tokens.origin, "sha256": tokens.sha256},
         "warnings": _notes(opened, config, tokens),
     }
+
+
+def packing_report(config: KhalaConfig) -> dict[str, Any] | None:
+    """How many layers are packed, and how most of them are."""
+    counted = Counter(config.quantization.values())
+    if not counted:
+        return None
+    most, _ = counted.most_common(1)[0]
+    told = {**dataclasses.asdict(most), "layers": len(config.quantization)}
+    return told if len(counted) == 1 else {**told, "mixed": len(counted)}
 
 
 def _source(

@@ -18,7 +18,7 @@ from khala_mlx.names import shown
 
 # The released models' headers take 50 KB. The format allows 100 MB, which would take 1 GB to parse.
 MAX_HEADER = 16 << 20
-CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32"}
+CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "uint8": "U8"}
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 

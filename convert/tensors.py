@@ -25,6 +25,7 @@ CARRIERS: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
     "uint32": np.dtype("<u4"),
+    "uint8": np.dtype("u1"),
 }
 
 

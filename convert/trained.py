@@ -69,15 +69,16 @@ def fitting_tokenizer(path: Path, tokens: TokenLayout) -> Tokenizer:
 
 def require_whole_packing(opened: Opened, packing: Packing) -> None:
     """Refuse a group size that leaves matrices unpacked: small models have narrow rows."""
-    if packing.quantization is None:
+    if not packing.recipe:
         return
+    sizes = listed(packing.recipe.group_sizes)
     for part in (opened.backbone, opened.superres):
-        matrices = [tensor for tensor in part.tensors.values() if len(tensor.shape) == 2]
-        if left := sorted({each.shape[1] for each in matrices if not packing.packs(each)}):
-            size = packing.quantization.group_size
+        widths = {each.shape[1] for each in part.tensors.values() if len(each.shape) == 2}
+        largest = max(packing.recipe.group_sizes)
+        if left := sorted(width for width in widths if width % largest):
             raise ConvertError(
                 f"The {part.name} has rows of {listed(left)}, which do not divide into groups of "
-                f"{size}; quantise in smaller groups or not at all."
+                f"{sizes}; quantise in smaller groups or not at all."
             )
 
 

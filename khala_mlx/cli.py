@@ -55,8 +55,15 @@ for each in (generate, refine, render, play, batch, models, train, bench):
 )
 @click.option(
     "--quantize",
-    type=click.Choice(["4", "6", "8"]),
+    type=click.Choice(["4", "6", "8", "mxfp4", "mxfp8"]),
     help="Pack the language models to so many bits.",
+)
+@click.option(
+    "--quantize-part",
+    "quantize_parts",
+    multiple=True,
+    metavar="PART=BITS",
+    help="Pack embedding, head, body or superres otherwise, as head=8 or superres=none.",
 )
 @click.option(
     "--group-size", type=click.Choice(["32", "64", "128"]), default="64", show_default=True
@@ -80,6 +87,7 @@ def convert(
     dtype: str,
     codec_dtype: str,
     quantize: str | None,
+    quantize_parts: tuple[str, ...],
     group_size: str,
     tokenizer: str | None,
     fc1_bias: str | None,
@@ -98,7 +106,8 @@ def convert(
         destination,
         dtype=dtype,
         codec_dtype=codec_dtype,
-        quantize=int(quantize) if quantize else None,
+        quantize=quantize,
+        quantize_parts=_parts(quantize_parts),
         group_size=int(group_size),
         tokenizer=tokenizer,
         fc1_bias=fc1_bias,
@@ -180,6 +189,14 @@ def info(path: Path, plot: Path | None, as_json: bool) -> None:
         picture(path, plot)
         told["plot"] = str(plot)
     report(told, as_json)
+
+
+def _parts(asked: tuple[str, ...]) -> dict[str, str]:
+    """ "head=8" and the like as a mapping."""
+    pairs = [each.partition("=") for each in asked]
+    if wrong := [each for each, (_, equals, _) in zip(asked, pairs, strict=True) if not equals]:
+        raise click.UsageError(f"--quantize-part is given as in head=8, not {wrong[0]}.")
+    return {part: how for part, _, how in pairs}
 
 
 def _summary(told: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,11 @@ def list_models(as_json: bool) -> None:
 @click.option("--name", help="What it is called here.  [default: OWNER--NAME]")
 @click.option("--revision", help="Branch, tag or commit.  [default: the newest]")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]))
-@click.option("--quantize", type=click.Choice(["4", "6", "8"]), help="Pack the language models.")
+@click.option(
+    "--quantize",
+    type=click.Choice(["4", "6", "8", "mxfp4", "mxfp8"]),
+    help="Pack the language models.",
+)
 @click.option("--tokenizer", metavar="FILE", help="Llama 3.1's, if not beside the weights.")
 @click.option("--accept-licence", is_flag=True, help="Accept the licence of the weights unasked.")
 @json_option
@@ -60,8 +64,6 @@ def download(
     from khala_mlx.models import download as fetch
 
     how = {option: value for option, value in how.items() if value is not None}
-    if "quantize" in how:
-        how["quantize"] = int(how["quantize"])
 
     def accept(repo: str, licence: str) -> bool:
         click.echo(f"The weights in {repo} are under the licence: {licence}.", err=True)
@@ -88,3 +90,25 @@ def remove(name: str, as_json: bool) -> None:
 
     freed = delete(name)
     report({"removed": name, "freed": f"{freed / 1e9:.2f} GB"}, as_json)
+
+
+@models.command()
+@click.argument("model")
+@click.option("--against", required=True, metavar="FULL", help="The model it was packed from.")
+@click.option("--frames", type=click.IntRange(1, 4000), default=64, show_default=True,
+              help="How much song to compare on.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True)
+@json_option
+@command
+def verify(model: str, against: str, frames: int, seed: int, as_json: bool) -> None:
+    """Tell how far a packed model is from the one it came from."""
+    from khala_mlx.pipeline import Khala
+    from khala_mlx.verify import against as compare
+
+    packed, full = (Khala.from_pretrained(each, keep_loaded=False) for each in (model, against))
+    told = compare(packed, full, frames=frames, seed=seed)
+    if not as_json:
+        shares = ("top1_agreement", "codes_changed")
+        told |= {name: f"{told[name]:.2%}" for name in shares}
+        told["kl_nats"] = f"{told['kl_nats']:.4g}"
+    report(told, as_json)

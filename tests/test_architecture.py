@@ -21,7 +21,7 @@ RANKS = [
     {"planning", "floor", "batch"},
     {"bench"},
     {"song", "stages", "beginning"},
-    {"pipeline", "info"},
+    {"pipeline", "info", "verify"},
     {"terminal", "models"},
     {"song_files"},
     {"candidate_files"},

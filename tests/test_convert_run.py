@@ -307,7 +307,7 @@ def test_headers_are_aligned(model: Path) -> None:
     [
         ({"dtype": "int8"}, "dtype has to be one of bfloat16, float16, float32, got int8"),
         ({"codec_dtype": "bfloat16"}, "codec_dtype has to be one of float32, float16"),
-        ({"quantize": 5}, "quantize has to be one of 4, 6, 8, got 5"),
+        ({"quantize": 5}, "quantize has to be one of 4, 6, 8, mxfp4, mxfp8, got 5"),
         ({"group_size": 16}, "group_size has to be one of 32, 64, 128, got 16"),
         ({"fc1_bias": "triple"}, "fc1_bias has to be one of double, single, got triple"),
     ],
