@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from khala_mlx.audio import read_audio
+from khala_mlx.audio import read_audio, sound_length
 from khala_mlx.errors import KhalaError, KhalaWarning
 from khala_mlx.lengths import clock_time
 from khala_mlx.names import shown
@@ -46,30 +46,49 @@ def read_beginning(
     Raises:
         KhalaError: if the file cannot be read or holds nothing before that point.
     """
-    rate = khala.config.codec.frame_rate
-    if source.suffix == ".safetensors":
+    if _is_take(source):
         codes, request = _of_take(khala, source)
     else:
         codes, request = _of_sound(khala, source, on_progress)
-    total = codes.shape[1]
-    frames = total if until is None else math.floor(until * rate)
-    if not 1 <= frames <= total:
-        raise KhalaError(
-            f"{source} lasts {clock_time(total / rate)}: --from has to lie inside it, and above 0."
-        )
+    frames = _frames_before(khala, source, codes.shape[1], until)
     codes = codes[:, :frames]
     told = {
         "file": source.name,
         "frames": frames,
-        "seconds": round(frames / rate, 3),
+        "seconds": round(frames / khala.config.codec.frame_rate, 3),
         "codes_sha256": hashlib.sha256(codes.astype("<i4").tobytes()).hexdigest(),
     }
     return Beginning(codes, request, told)
 
 
-def longer(request: Request, beginning: Beginning, most_minutes: int) -> Request:
-    """`request` without the length it had, its minutes such that the song can go on."""
-    minutes = int(beginning.told["seconds"]) // 60 + 1
+def measure_beginning(khala: Any, source: Path, until: float | None) -> tuple[int, Request]:
+    """Frames and request of what `read_beginning` would read; no model is loaded for it."""
+    if _is_take(source):
+        codes, request = _of_take(khala, source)
+        total = codes.shape[1]
+    else:
+        config = khala.config.codec
+        total, request = sound_length(source, config.sample_rate) // config.hop, _asked(source)
+    return _frames_before(khala, source, total, until), request
+
+
+def _is_take(source: Path) -> bool:
+    return source.suffix == ".safetensors"
+
+
+def _frames_before(khala: Any, source: Path, total: int, until: float | None) -> int:
+    rate = khala.config.codec.frame_rate
+    frames = total if until is None else math.floor(until * rate)
+    if not 1 <= frames <= total:
+        raise KhalaError(
+            f"{source} lasts {clock_time(total / rate)}: --from has to lie inside it, and above 0."
+        )
+    return frames
+
+
+def longer(request: Request, seconds: float, most_minutes: int) -> Request:
+    """`request` without the length it had, its minutes such that `seconds` can go on."""
+    minutes = int(seconds) // 60 + 1
     return replace(
         request,
         minutes=min(max(request.minutes, minutes), most_minutes),
@@ -104,8 +123,11 @@ def _of_sound(
     if not whole:
         raise KhalaError(f"{path} is shorter than one frame, {config.hop} samples.")
     codes = khala.codec.encode(waveform[:whole], on_progress=on_progress)
+    return codes, _asked(path)
+
+
+def _asked(sound: Path) -> Request:
     try:
-        request = Request.from_sidecar(path)
+        return Request.from_sidecar(sound)
     except KhalaError:
-        request = Request()
-    return codes, request
+        return Request()

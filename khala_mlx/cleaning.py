@@ -8,6 +8,7 @@ which some scripts and emoji need.
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 _PUNCTUATION = dict(
     zip("。，！？：；（）【】「」『』《》、“”‘’", ".,!?:;()[]\"\"''<>,\"\"''", strict=True)
@@ -42,3 +43,24 @@ def clean_lyrics(text: str) -> str:
         text = text.replace(sequence, plain)
     text = text.translate(_TABLE)
     return re.sub("\r+\n", "\n", text).strip()
+
+
+def changes(text: str) -> list[tuple[str, str, int]]:
+    """What `clean_lyrics` changes in a text: (was, becomes, how often), in the order met.
+
+    Blanks that are cut off at both ends count as one change.
+    """
+    found: Counter[tuple[str, str]] = Counter()
+    removed = [c for c in text if ord(c) in _REMOVED]
+    found.update((c, "") for c in removed)
+    text = text.translate(_REMOVED)
+    for sequence, plain in _SEQUENCES.items():
+        found[sequence, plain] += text.count(sequence)
+        text = text.replace(sequence, plain)
+    found.update((c, str(_TABLE[ord(c)])) for c in text if ord(c) in _TABLE)
+    text = text.translate(_TABLE)
+    found["\r\n", "\n"] += len(re.findall("\r+\n", text))
+    text = re.sub("\r+\n", "\n", text)
+    for blank in (text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]):
+        found[blank, ""] += bool(blank.strip("\n"))
+    return [(was, now, times) for (was, now), times in found.items() if times]

@@ -117,7 +117,9 @@ _WITH_RESUME |= {"draft", "memory", *OF_THE_FILE}
 @finish_options
 @play_option
 @click.option(
-    "--dry-run", is_flag=True, help="Show prompt, length, memory and least time; load nothing."
+    "--dry-run",
+    is_flag=True,
+    help="Show prompt, doubts, memory and least time; load nothing.",
 )
 @click.option(
     "--memory", metavar="SIZE", help="Use no more than a Mac with, say, 16GB; or dry-run for one."
@@ -159,21 +161,20 @@ def _generate(options: dict[str, Any]) -> None:
             raise click.UsageError("--lyrics and --lyrics-file exclude each other.")
         options["lyrics"] = _read_lyrics(options["lyrics_file"])
     base = Request.from_sidecar(options["like"]) if options["like"] else None
-    if not options["beginning"]:
-        request = _request(options, base)
     khala = open_model(options, _take_of(options["beginning"]))
     _limit(khala, options)
     if options["like"]:
         warn_other_model(options["like"], khala.identity)
         warn_other_adapters(options["like"], khala.adapters)
         warn_continued(options["like"], options["beginning"])
+    if options["dry_run"]:
+        _show_plan(khala, options, base)
+        return
     kept = None
     if options["beginning"]:
         kept, request = _continued(khala, options, base)
-    if options["dry_run"]:
-        plan = khala.plan(request, options["candidates"] or 1)
-        report(plan if options["as_json"] else _plan_lines(plan), options["as_json"])
-        return
+    else:
+        request = _request(options, base)
     take = khala.begin(request, kept.codes if kept else None)
     if kept:
         take.metadata["continued"] = kept.told
@@ -195,7 +196,7 @@ def _take_of(beginning: Path | None) -> Any:
 
 def _continued(khala: Any, options: dict[str, Any], base: Any) -> tuple[Any, Any]:
     """The beginning of --continue, and the request of what follows it."""
-    from khala_mlx.beginning import longer, read_beginning
+    from khala_mlx.beginning import read_beginning
 
     progress = Progress()
     beginning = read_beginning(
@@ -205,11 +206,33 @@ def _continued(khala: Any, options: dict[str, Any], base: Any) -> tuple[Any, Any
         lambda done, total: progress("encode", done, total),
     )
     khala.release("codec")
-    most = khala.config.tokens.max_minutes
-    base = longer(base or beginning.request, beginning, most)
+    return beginning, _longer_request(
+        khala, options, base or beginning.request, beginning.told["seconds"]
+    )
+
+
+def _longer_request(khala: Any, options: dict[str, Any], base: Any, seconds: float) -> Any:
+    """The request of a song whose first `seconds` are there, of which `base` was asked."""
+    from khala_mlx.beginning import longer
+
     if not given("seed"):
         options["seed"] = secrets.randbelow(2**32)
-    return beginning, _request(options, base, {"seed"})
+    return _request(options, longer(base, seconds, khala.config.tokens.max_minutes), {"seed"})
+
+
+def _show_plan(khala: Any, options: dict[str, Any], base: Any) -> None:
+    """What a dry run prints."""
+    from khala_mlx.beginning import measure_beginning
+
+    begun = 0
+    if options["beginning"]:
+        begun, asked = measure_beginning(khala, options["beginning"], options["until"])
+        seconds = begun / khala.config.codec.frame_rate
+        request = _longer_request(khala, options, base or asked, seconds)
+    else:
+        request = _request(options, base)
+    plan = khala.plan(request, options["candidates"] or 1, begun)
+    report(plan if options["as_json"] else _plan_lines(plan), options["as_json"])
 
 
 def _resume(options: dict[str, Any]) -> None:
@@ -262,7 +285,7 @@ def _limit(khala: Any, options: dict[str, Any]) -> None:
 def _plan_lines(plan: dict[str, Any]) -> dict[str, Any]:
     """A plan with its memory in words, a line each."""
     memory = plan["memory"]
-    lines = {name: value for name, value in plan.items() if name != "memory"}
+    lines = {name: _listed(value) for name, value in plan.items() if name != "memory"}
     for name, stage in memory["stages"].items():
         least = stage["least_seconds"]
         lines[name] = f"{_gigabytes(stage['peak_bytes'])}, at least {least:.1f} s"
@@ -270,6 +293,13 @@ def _plan_lines(plan: dict[str, Any]) -> dict[str, Any]:
     usable = _gigabytes(memory["usable_bytes"])
     lines["memory"] = f"{_gigabytes(memory['peak_bytes'])} at most, {fits} the usable {usable}"
     return lines
+
+
+def _listed(value: Any) -> Any:
+    """A list as the lines below its name."""
+    if not isinstance(value, list):
+        return value
+    return "".join(f"\n    {each}" for each in value) or "nothing"
 
 
 def _gigabytes(count: int) -> str:

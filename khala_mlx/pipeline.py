@@ -19,7 +19,8 @@ from khala_mlx.clock import Progress, timed
 from khala_mlx.errors import KhalaError, KhalaWarning
 from khala_mlx.lengths import budget_behind, frame_budget
 from khala_mlx.planning import Job, Plan
-from khala_mlx.prompt import prompt_ids, prompt_texts
+from khala_mlx.preview import preview, too_much_to_sing
+from khala_mlx.prompt import prompt_ids
 from khala_mlx.request import Request
 from khala_mlx.sampling import check_sampling, stage_key
 from khala_mlx.song import SIDECAR_VERSION, Song
@@ -94,26 +95,29 @@ class Khala(Stages):
         )
         return self.fulfil(request, on_progress, on_take)
 
-    def plan(self, request: Request, songs: int = 1) -> dict[str, Any]:
+    def plan(self, request: Request, songs: int = 1, begun: int = 0) -> dict[str, Any]:
         """What `fulfil` would do with a request: prompts, lengths, memory and least time.
 
-        Loads nothing. `songs` asks about so many seeds at once.
+        Loads nothing. `songs` asks about so many seeds at once, `begun` about a beginning of so
+        many frames that is taken over.
+
+        Raises:
+            KhalaError: if the request cannot be served; a prompt that is too long is only told.
         """
-        bb_ids, sr_ids = self._request_ids(request)
-        most, least = frame_budget(self.config, request, len(bb_ids), len(sr_ids))
-        backbone_text, superres_text = prompt_texts(self.config, request.prompt)
+        self._check_request(request)
+        told = preview(self.tokenizer, self.config, request)
+        lengths = told["backbone_prompt_tokens"], told["superres_prompt_tokens"]
+        most, least = self._budget(request, lengths, begun)
         rate = self.config.codec.frame_rate
         return {
-            "backbone_prompt": backbone_text,
-            "superres_prompt": superres_text,
-            "backbone_prompt_tokens": len(bb_ids),
-            "superres_prompt_tokens": len(sr_ids),
+            **told,
+            **too_much_to_sing(request, most / rate, told.get("does_not_fit", [])),
             "max_seconds": round(most / rate, 1),
             "min_seconds": round(least / rate, 1),
             "max_frames": most,
             "max_tokens": most * self.config.tokens.num_coarse,
             "seed": request.seed,
-            "memory": self.envelope(Job(len(bb_ids), len(sr_ids), most, songs)).told(),
+            "memory": self.envelope(Job(*lengths, most, songs)).told(),
         }
 
     def fulfil(
@@ -152,20 +156,15 @@ class Khala(Stages):
             layout = self.config.tokens
             coarse, refined = np.split(kept, [layout.num_coarse])
             kept = tokens.check_begun(layout, coarse, refined)
-        check_sampling(request.top_k, request.temperature)
-        check_sampling(request.refine_top_k)
-        stage_key(request.seed, 0)
-        stage_key(_refine_seed(request), 1)
+        self._check_request(request)
         backbone_ids, superres_ids = self._request_ids(request)
         lengths = len(backbone_ids), len(superres_ids)
-        budget = frame_budget(self.config, request, *lengths)
-        if kept is not None and kept.size:
-            budget = budget_behind(self.config, budget, kept.shape[1])
+        begun = 0 if kept is None else kept.shape[1]
         return Take(
             self._metadata(request, lengths),
             kept=no_codes() if kept is None else kept,
             prompts=(backbone_ids.tolist(), superres_ids.tolist()),
-            budget=budget,
+            budget=self._budget(request, lengths, begun),
             num_codebooks=self.config.tokens.num_codebooks,
             source=self.source,
         )
@@ -368,6 +367,17 @@ class Khala(Stages):
         least, most = self.config.tokens.num_coarse, self.config.tokens.num_codebooks
         if layers is not None and not least <= layers <= most:
             raise KhalaError(f"A draft has {least}..{most} layers, got {layers}.")
+
+    def _check_request(self, request: Request) -> None:
+        check_sampling(request.top_k, request.temperature)
+        check_sampling(request.refine_top_k)
+        stage_key(request.seed, 0)
+        stage_key(_refine_seed(request), 1)
+
+    def _budget(self, request: Request, lengths: tuple[int, int], begun: int) -> tuple[int, int]:
+        """(most, least) frames behind prompts of these lengths, `begun` of which are there."""
+        budget = frame_budget(self.config, request, *lengths)
+        return budget_behind(self.config, budget, begun) if begun else budget
 
     def _request_ids(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
         return prompt_ids(

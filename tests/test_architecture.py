@@ -18,7 +18,7 @@ RANKS = [
     {"backbone", "superres", "codec", "prompt", "weights", "finish", "picture", "lora"},
     {"request", "machine", "counts"},
     {"take", "lengths", "envelope"},
-    {"planning", "floor", "batch"},
+    {"planning", "preview", "floor", "batch"},
     {"bench"},
     {"song", "stages", "beginning"},
     {"pipeline", "info", "verify"},

@@ -143,12 +143,9 @@ def test_several_ways_to_go_on(tiny: Khala, first: Take) -> None:
         assert np.array_equal(alone.codes, song.codes)
 
 
-def test_the_prompt_asks_for_as_many_minutes_as_the_song_gets(tiny: Khala) -> None:
+def test_the_prompt_asks_for_as_many_minutes_as_the_song_gets() -> None:
     def asked(minutes: int, seconds: float) -> Request:
-        from khala_mlx.beginning import Beginning
-
-        beginning = Beginning(np.zeros((2, 1), int), Request(), {"seconds": seconds})
-        return longer(Request(minutes=minutes, seconds=9.0, refine_seed=3), beginning, 10)
+        return longer(Request(minutes=minutes, seconds=9.0, refine_seed=3), seconds, 10)
 
     assert asked(1, 30.0) == Request(minutes=1)
     assert asked(1, 60.0) == Request(minutes=2)
