@@ -202,7 +202,7 @@ class Backbone(Transformer):
         rows = np.concatenate([np.asarray(ids), written])[None, :-1]
         hidden = self.hidden(self.checked_ids(rows, 2, "[1, P]"))[0, len(ids) - 1 :]
         turns, nats = self.layout.num_coarse, np.empty(len(written), dtype=np.float32)
-        for turn, (project, _) in enumerate(self._choices(True)):
+        for turn, (project, _) in enumerate(self.choices(True)):
             # The end of the song comes first among the candidates.
             labels = mx.array(coarse[turn].astype(np.int32) + 1)[:, None]
             for first in range(0, coarse.shape[1], _PROJECTED):
