@@ -16,7 +16,7 @@ from khala_mlx import tokens
 from khala_mlx.cache import check_kv_bits, keep_rows, make_cache, spread
 from khala_mlx.config import BackboneConfig, TokenLayout
 from khala_mlx.errors import KhalaError, KhalaWarning
-from khala_mlx.sampling import check_sampling, sample, uniform_draws
+from khala_mlx.sampling import check_sampling, sample, uniform_draws, usable
 from khala_mlx.transformer import Transformer, like_input, projector
 
 Progress = Callable[[int, int], None]
@@ -90,10 +90,11 @@ class Backbone(Transformer):
         def pick(hidden: mx.array, index: int) -> mx.array:
             project, candidates = choices[index % len(choices)]
             logits = project(hidden[:, -1])
+            fine = usable(logits)
             if index < min_tokens:
                 logits = mx.where(candidates == self.layout.end_of_song, -mx.inf, logits)
             chosen = sample(logits, draws[index, rows.alive], top_k=top_k, temperature=temperature)
-            return candidates[chosen]
+            return mx.where(fine, candidates[chosen], -1)
 
         hidden, cache = self._read_prompt(prompt, len(keys), max_tokens, kv_bits)
         token = pick(hidden, 0)
@@ -271,6 +272,11 @@ class _Rows:
         """Read what was added; which rows of the batch go on, or None if all songs have ended."""
         block = np.stack([np.array(token) for token in self._unread], axis=1)
         self._unread.clear()
+        if block.min() < 0:
+            raise KhalaError(
+                "The backbone made no usable numbers: the device is out of memory, or the weights "
+                "need another dtype than this."
+            )
         kept = []
         for row, (song, written) in enumerate(zip(self._going_on, block.tolist(), strict=True)):
             end = written.index(self._end) if self._end in written else len(written)

@@ -42,6 +42,15 @@ def top_k_logits(logits: mx.array, top_k: int, temperature: float) -> mx.array:
     return mx.where(logits < kth, -mx.inf, logits)
 
 
+def usable(logits: mx.array) -> mx.array:
+    """Whether rows of logits [..., V] can be drawn from -> bool [...].
+
+    A GPU that is out of memory returns zeros without a word (ml-explore/mlx#3979), weights that
+    overflow give NaN; neither has a largest and a smallest that differ.
+    """
+    return logits.max(axis=-1) > logits.min(axis=-1)
+
+
 def uniform_draws(key: mx.array, count: int) -> mx.array:
     """Draws [count], uniform in [0, 1), each under a key of its own."""
     draw = mx.vmap(lambda one: mx.random.uniform(shape=(), key=one))

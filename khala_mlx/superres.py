@@ -16,7 +16,7 @@ import numpy as np
 from khala_mlx import tokens
 from khala_mlx.config import SuperResConfig, TokenLayout
 from khala_mlx.errors import KhalaError, KhalaWarning
-from khala_mlx.sampling import check_sampling, exponential, sample_by_race
+from khala_mlx.sampling import check_sampling, exponential, sample_by_race, usable
 from khala_mlx.transformer import Transformer, like_input, projector
 
 Progress = Callable[[int, int], None]
@@ -143,11 +143,18 @@ class SuperRes(Transformer):
         for layer in range(begun):
             audio = audio + self._embed_codes(layer, known[layer])
         for layer in range(begun, len(codes)):
-            chosen = pick(self._step(prompt, audio, layer), layer).astype(mx.int32)
+            logits = self._step(prompt, audio, layer)
+            fine = usable(logits).all()
+            chosen = pick(logits, layer).astype(mx.int32)
             stay = int(fixed[layer])
             known[layer] = mx.concatenate([known[layer][:stay], chosen[stay:]])
             audio = audio + self._embed_codes(layer, known[layer])
-            mx.eval(audio, known[layer])
+            mx.eval(audio, known[layer], fine)
+            if not fine.item():
+                raise KhalaError(
+                    "Superres made no usable numbers: the device is out of memory, or the weights "
+                    "need another dtype than this."
+                )
             report(layer - begun + 1)
         return np.stack([np.array(layer, dtype=np.int64) for layer in known])
 

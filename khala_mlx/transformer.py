@@ -7,6 +7,7 @@ that its LoRA layers find them. Knows nothing of prompts, codes or sampling.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,6 +26,9 @@ CPU_SCORE_BYTES = 64 * 2**20
 # The same while gradients are taken: some four times as much is held then, for several chunks.
 CPU_TRAINING_SCORE_BYTES = 16 * 2**20
 
+# Set to anything, this keeps to plain products: a fused kernel that is wrong on some GPU
+# (ml-explore/mlx#4022) can then be told from a fault elsewhere.
+MANUAL_ATTENTION = "KHALA_MANUAL_ATTENTION"
 # Rows of a pass from which on each layer is evaluated before the next.
 EVALUATED_ROWS = 256
 
@@ -46,8 +50,10 @@ def attend(
     mask = "causal" if causal and q.shape[2] > 1 else None
     row = 4 * q.shape[0] * q.shape[1] * k.shape[2]
     rows = max(1, CPU_SCORE_BYTES // row)
-    if mx.default_device() != mx.cpu or q.shape[2] <= rows:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    by_hand = bool(os.environ.get(MANUAL_ATTENTION))
+    kernel = attend_by_hand if by_hand else mx.fast.scaled_dot_product_attention
+    if (mx.default_device() != mx.cpu and not by_hand) or q.shape[2] <= rows:
+        return kernel(q, k, v, scale=scale, mask=mask)
     if training:
         whole = partial(mx.fast.scaled_dot_product_attention, scale=scale, mask=mask)
         rows = max(1, CPU_TRAINING_SCORE_BYTES // row)
@@ -56,13 +62,26 @@ def attend(
     for start in range(0, q.shape[2], rows):
         part = q[:, :, start : start + rows]
         seen = k.shape[2] - q.shape[2] + start + part.shape[2] if causal else k.shape[2]
-        chunk = mx.fast.scaled_dot_product_attention(
-            part, k[:, :, :seen], v[:, :, :seen], scale=scale, mask=mask
-        )
+        chunk = kernel(part, k[:, :, :seen], v[:, :, :seen], scale=scale, mask=mask)
         # Left to one evaluation, the scores of all chunks would be allocated together.
         mx.eval(chunk)
         chunks.append(chunk)
     return mx.concatenate(chunks, axis=2)
+
+
+def attend_by_hand(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: str | None
+) -> mx.array:
+    """What the fused kernel computes, from plain products: scores [B, N, Q, S] are written out."""
+    batch, groups = k.shape[:2]
+    grouped = (q * scale).reshape(batch, groups, -1, *q.shape[2:])
+    scores = grouped @ k[:, :, None].swapaxes(-1, -2)
+    if mask == "causal":
+        queries, keys = scores.shape[-2:]
+        seen = mx.arange(keys) <= mx.arange(keys - queries, keys)[:, None]
+        scores = mx.where(seen, scores, mx.array(-mx.inf, scores.dtype))
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    return (weights @ v[:, :, None]).reshape(q.shape)
 
 
 class Attention(nn.Module):

@@ -329,3 +329,15 @@ def test_a_packing_that_cannot_be_is_refused(tiny: Khala) -> None:
         tiny.compose(PROMPT, max_frames=5, kv_bits=3)
     with pytest.raises(KhalaError, match="heads of 32 dimensions or a multiple"):
         tiny.compose(PROMPT, max_frames=5, kv_bits=8)
+
+
+@pytest.mark.parametrize("broken", [0.0, float("nan")])
+def test_numbers_that_are_none_are_an_error(wide: Backbone, broken: float) -> None:
+    """Zeros are what a GPU without memory gives, NaN what weights that overflow give."""
+    kept = wide.norm.weight
+    wide.norm.weight = mx.full(kept.shape, broken)
+    try:
+        with pytest.raises(KhalaError, match="backbone made no usable numbers"):
+            wide.compose(PROMPT, max_frames=4, key=KEY)
+    finally:
+        wide.norm.weight = kept

@@ -244,3 +244,14 @@ def test_kept_codes_stay_and_are_seen(tiny: Khala, context: int, layers: int, fr
 def test_what_cannot_be_gone_on_with(tiny: Khala, arguments: dict[str, Any], sentence: str) -> None:
     with pytest.raises(KhalaError, match=sentence):
         tiny.refine(np.arange(5), np.zeros((2, 4), int), **arguments)
+
+
+@pytest.mark.parametrize("broken", [0.0, float("nan")])
+def test_numbers_that_are_none_are_an_error(narrow: SuperRes, broken: float) -> None:
+    kept = narrow.norm.weight
+    narrow.norm.weight = mx.full(kept.shape, broken)
+    try:
+        with pytest.raises(KhalaError, match="Superres made no usable numbers"):
+            narrow.refine(np.arange(8), np.zeros((2, 5), int), key=KEY)
+    finally:
+        narrow.norm.weight = kept

@@ -1,3 +1,6 @@
+import os
+from unittest.mock import patch
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -22,16 +25,23 @@ def plain_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool) -
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 9), st.integers(0, 9), st.booleans(), st.sampled_from([1, 300, 10**9]))
+@given(
+    st.integers(1, 9),
+    st.integers(0, 9),
+    st.booleans(),
+    st.sampled_from([1, 300, 10**9]),
+    st.booleans(),
+)
 def test_attention_in_chunks_equals_plain(
-    queries: int, before: int, causal: bool, budget: int
+    queries: int, before: int, causal: bool, budget: int, by_hand: bool
 ) -> None:
     rng = np.random.default_rng(queries)
     shapes = [(2, 4, queries, 8), (2, 2, queries + before, 8), (2, 2, queries + before, 8)]
     q, k, v = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     kept, transformer.CPU_SCORE_BYTES = transformer.CPU_SCORE_BYTES, budget
     try:
-        ours = attend(*map(mx.array, (q, k, v)), scale=8**-0.5, causal=causal)
+        with patch.dict(os.environ, {transformer.MANUAL_ATTENTION: "1"} if by_hand else {}):
+            ours = attend(*map(mx.array, (q, k, v)), scale=8**-0.5, causal=causal)
     finally:
         transformer.CPU_SCORE_BYTES = kept
     assert np.abs(np.array(ours) - plain_attention(q, k, v, causal)).max() < CLOSE
