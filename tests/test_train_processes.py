@@ -1,8 +1,10 @@
 """Several processes that train one adapter: the same losses as one alone."""
 
 import json
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,28 @@ LAUNCH = "from mlx._distributed_utils.launch import main; main()"
 KHALA = "from khala_mlx.cli import main; main()"
 
 
+def free_ports(count: int) -> int:
+    """The first of so many ports in a row that nobody listens on."""
+    for first in range(32400, 60000, count):
+        with ExitStack() as taken:
+            try:
+                for port in range(first, first + count):
+                    taken.enter_context(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                continue
+            return first
+    raise AssertionError("no port is free")
+
+
 def launched(count: int, *arguments: Any) -> subprocess.CompletedProcess[str]:
     """`mlx.launch -n COUNT -- khala ...` on loopback."""
     return subprocess.run(
         [
             sys.executable, "-c", LAUNCH, "-n", str(count), "--backend", "ring",
-            "--starting-port", "32460", "--", sys.executable, "-c", KHALA, *map(str, arguments),
+            "--starting-port", str(free_ports(count)), "--", sys.executable, "-c", KHALA,
+            *map(str, arguments),
         ],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 
 
