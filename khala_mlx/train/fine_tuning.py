@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from khala_mlx.adapter import WEIGHTS, backbone_id
 from khala_mlx.backbone import Backbone
 from khala_mlx.config import KhalaConfig
 from khala_mlx.errors import KhalaError, KhalaWarning
+from khala_mlx.machine import usable_memory
 from khala_mlx.train.data import holds
 from khala_mlx.train.forecast import Forecast, Machine, forecast, weight_bytes
 from khala_mlx.train.loop import LOG, entries
@@ -101,7 +101,7 @@ def check_memory(plan: Plan, limit: float | None = None) -> None:
     Raises:
         KhalaError: naming the options that would make it fit.
     """
-    limit = device_bytes() if limit is None else limit
+    limit = usable_memory() if limit is None else limit
     needed = plan.forecast.total
     if needed <= limit:
         return
@@ -159,14 +159,6 @@ def train_lora(
     log = entries(folder / LOG)
     before = {"loss_before": log[0]["valid_loss"]} if "valid_loss" in log[0] else {}
     return {**before, **figures, "steps": log[-1]["step"], "peak_bytes": peak}
-
-
-def device_bytes() -> int:
-    """How much memory a training may take: what Metal recommends, or else all there is."""
-    found = mx.device_info().get("max_recommended_working_set_size")
-    if found:
-        return int(found)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _songs(

@@ -7,10 +7,11 @@ to peaks measured on the CPU backend (docs/fine-tuning.md tells the arithmetic a
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from khala_mlx.adapter import linear_sizes, module_key
 from khala_mlx.config import KhalaConfig, TransformerConfig
+from khala_mlx.counts import transformer_bytes
 from khala_mlx.train.audio_nats import LOGIT_BYTES
 from khala_mlx.train.settings import LoraTraining
 from khala_mlx.transformer import CPU_SCORE_BYTES, CPU_TRAINING_SCORE_BYTES
@@ -88,19 +89,8 @@ def forecast(
 
 def weight_bytes(config: KhalaConfig, machine: Machine) -> int:
     """The frozen backbone as it lies in memory."""
-    sizes, width = config.backbone, machine.width
-    table = (sizes.hidden_size, sizes.vocab_size)
-    matrices = {"embed_tokens": table, "lm_head": table, **linear_sizes(sizes)}
-    biases = sum(out for _, out in linear_sizes(sizes).values())
-    total = width * (biases + (2 * sizes.num_layers + 1) * sizes.hidden_size)
-    for path, (into, out) in matrices.items():
-        how = None if machine.unpacked else config.quantization.get(f"backbone.{path}")
-        if how is None:
-            total += into * out * width
-        else:
-            # A scale and a bias for each group.
-            total += into * out * how.bits // 8 + 2 * width * into * out // how.group_size
-    return total
+    config = replace(config, quantization={}) if machine.unpacked else config
+    return transformer_bytes(config, "backbone", machine.width)
 
 
 def adapter_bytes(config: KhalaConfig, settings: LoraTraining) -> int:
