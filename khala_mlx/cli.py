@@ -9,10 +9,13 @@ import click
 
 from khala_mlx.batch_command import batch
 from khala_mlx.bench_command import bench
+from khala_mlx.doctor_command import doctor
+from khala_mlx.examples_of import add_examples
 from khala_mlx.generate_command import generate
 from khala_mlx.models_commands import models
 from khala_mlx.options import FILE, finish_options, json_option, model_option
 from khala_mlx.play_command import play
+from khala_mlx.settings_file import read_settings
 from khala_mlx.take_commands import refine, render
 from khala_mlx.terminal import OneLineErrors, Progress, command, report
 from khala_mlx.train.commands import train
@@ -22,7 +25,18 @@ LICENCE_NOTE = (
 )
 
 
-@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+class _WithSettings(OneLineErrors):
+    """Takes defaults from the user's settings file."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """As click's, with the file's defaults."""
+        return super().make_context(*args, **{"default_map": read_settings(self), **extra})
+
+
+@click.group(
+    cls=_WithSettings,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "KHALA"},
+)
 @click.version_option(package_name="khala-mlx")
 def main() -> None:
     """Whole songs from tags and lyrics, on your own machine.
@@ -33,7 +47,7 @@ def main() -> None:
     """
 
 
-for each in (generate, refine, render, play, batch, models, train, bench):
+for each in (generate, refine, render, play, batch, models, train, bench, doctor):
     main.add_command(each)
 
 
@@ -197,6 +211,9 @@ def _parts(asked: tuple[str, ...]) -> dict[str, str]:
     if wrong := [each for each, (_, equals, _) in zip(asked, pairs, strict=True) if not equals]:
         raise click.UsageError(f"--quantize-part is given as in head=8, not {wrong[0]}.")
     return {part: how for part, _, how in pairs}
+
+
+add_examples(main)
 
 
 def _summary(told: dict[str, Any]) -> dict[str, Any]:

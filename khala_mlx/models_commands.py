@@ -1,4 +1,4 @@
-"""`khala models`: list, download, remove."""
+"""`khala models`: list, download, verify, remove."""
 
 from __future__ import annotations
 
@@ -94,19 +94,49 @@ def remove(name: str, as_json: bool) -> None:
 
 @models.command()
 @click.argument("model")
-@click.option("--against", required=True, metavar="FULL", help="The model it was packed from.")
-@click.option("--frames", type=click.IntRange(1, 4000), default=64, show_default=True,
-              help="How much song to compare on.")  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--against", metavar="FULL", help="Compare with the model it was packed from.")
+@click.option(
+    "--frames",
+    type=click.IntRange(1, 4000),
+    default=64,
+    show_default=True,
+    help="How much song to compare on, with --against.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="With --against.")
+@click.option("--record", is_flag=True, help="Store what the model gives here, instead.")
 @json_option
 @command
-def verify(model: str, against: str, frames: int, seed: int, as_json: bool) -> None:
-    """Tell how far a packed model is from the one it came from."""
-    from khala_mlx.pipeline import Khala
-    from khala_mlx.verify import against as compare
+def verify(
+    model: str, against: str | None, frames: int, seed: int, record: bool, as_json: bool
+) -> None:
+    """Tell whether MODEL computes here what it did where it was known to be right.
 
-    packed, full = (Khala.from_pretrained(each, keep_loaded=False) for each in (model, against))
-    told = compare(packed, full, frames=frames, seed=seed)
+    Compares greedy tokens, superres and codec with the goldens in the model's folder, on this
+    device and in the model's dtype and packing; exits with 1 where they do not hold. With
+    --against, how far a packed model is from the one it came from.
+    """
+    from khala_mlx import goldens
+    from khala_mlx.pipeline import Khala
+
+    if against and record:
+        raise click.UsageError("--against and --record exclude each other.")
+    khala = Khala.from_pretrained(model, keep_loaded=False)
+    if against:
+        full = Khala.from_pretrained(against, keep_loaded=False)
+        _report_distance(khala, full, frames, seed, as_json)
+    elif record:
+        report({"goldens": str(goldens.record(khala))}, as_json)
+    else:
+        told = goldens.check(khala)
+        report(told, as_json)
+        if not told["holds"]:
+            click.get_current_context().exit(1)
+
+
+def _report_distance(packed: Any, full: Any, frames: int, seed: int, as_json: bool) -> None:
+    from khala_mlx.verify import against
+
+    told = against(packed, full, frames=frames, seed=seed)
     if not as_json:
         shares = ("top1_agreement", "codes_changed")
         told |= {name: f"{told[name]:.2%}" for name in shares}

@@ -33,6 +33,7 @@ def together(*options: Decorator) -> Decorator:
 model_option = click.option(
     "--model",
     "-m",
+    envvar="KHALA_MODEL",
     default="demo",
     show_default="the model in the box",
     help="Model folder, Hub repository, or demo.",
@@ -109,9 +110,12 @@ class ClockTime(click.ParamType):  # type: ignore[type-arg]  # generic since cli
 
 
 def given(name: str) -> bool:
-    """Whether the option was set, by whatever means, instead of left to its default."""
+    """Whether the option was set for this run, not left to its default or the user's own.
+
+    What a song recorded goes before the defaults of the settings file and the environment.
+    """
     source = click.get_current_context().get_parameter_source(name)
-    return source not in (None, ParameterSource.DEFAULT)
+    return source in (ParameterSource.COMMANDLINE, ParameterSource.PROMPT)
 
 
 def typed(name: str) -> bool:

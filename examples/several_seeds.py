@@ -1,0 +1,20 @@
+"""Songs of several seeds composed together, the loudest part of each told, all of them kept.
+
+python examples/several_seeds.py [MODEL] [SECONDS]
+"""
+
+import sys
+
+from khala_mlx import Khala
+from khala_mlx.loudness import levels
+from khala_mlx.request import Request
+
+model = sys.argv[1] if len(sys.argv) > 1 else "demo"
+seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 4
+
+khala = Khala.from_pretrained(model)
+request = Request(tags="waltz, slow, happy", lyrics="do re mi", seconds=seconds)
+for song in khala.fulfil_many(request, seeds=[1, 2, 3]):
+    seed = song.metadata["request"]["seed"]
+    song.save(f"seed-{seed}.wav")
+    print(f"seed {seed}: {song.duration:.1f} s, {levels(song.waveform, song.sample_rate)}")

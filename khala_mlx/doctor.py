@@ -1,0 +1,108 @@
+"""What `khala doctor` finds: versions, device, memory, sound, disk, and what will fit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from khala_mlx.places import models_folder
+
+_PACKAGES = ("khala-mlx", "mlx", "mlx-lm", "numpy", "soundfile", "soxr", "huggingface-hub")
+# What is missing without them, and what brings them.
+_EXTRAS = {
+    "mutagen": ("tags every player reads", "pip install 'khala-mlx[tags]'"),
+    "matplotlib": ("pictures of songs and losses", "pip install 'khala-mlx[plot]'"),
+}
+# The largest part of the released model, superres with 1.88 billion parameters, in bytes, and what
+# the work of a three-minute song takes beside it.
+_LARGEST = {"16 bit": 3.8e9, "8 bit": 2.0e9, "4 bit": 1.1e9}
+_WORK = 2.0e9
+_LITTLE_DISK = 30e9
+
+
+def examine() -> dict[str, Any]:
+    """The findings by name, and under "fixes" what is wrong, each with a command that mends it."""
+    fixes: list[str] = []
+    found: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "python": platform.python_version(),
+        **{name: _version(name, fixes) for name in _PACKAGES},
+        **_device(fixes),
+        "sound": _sound(fixes),
+        **_disk(fixes),
+        "m4a": _m4a(),
+    }
+    for name, (what, fix) in _EXTRAS.items():
+        if find_spec(name) is None:
+            found[name] = f"missing: no {what} ({fix})"
+    return {**found, "fixes": fixes}
+
+
+def _version(name: str, fixes: list[str]) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        fixes.append(f"{name} is missing: pip install --upgrade khala-mlx")
+        return "missing"
+
+
+def _device(fixes: list[str]) -> dict[str, Any]:
+    import mlx.core as mx
+
+    from khala_mlx.machine import chip_name, usable_memory
+
+    device = str(mx.default_device())
+    if sys.platform == "darwin" and not mx.metal.is_available():
+        fixes.append(
+            "MLX has no Metal here: use an arm64 Python 3.11 or newer on macOS 14 or newer "
+            "(`python3 -c 'import platform; print(platform.machine())'` has to say arm64)"
+        )
+    memory = usable_memory()
+    fitting = [name for name, size in _LARGEST.items() if size + _WORK <= memory]
+    if not fitting:
+        fixes.append("the released weights do not fit: the model in the box (--model demo) does")
+    return {
+        "chip": chip_name(),
+        "device": device,
+        "memory_for_mlx": f"{memory / 1e9:.1f} GB",
+        "released_weights_fit_in": ", ".join(fitting) or "none",
+    }
+
+
+def _sound(fixes: list[str]) -> str:
+    try:
+        import sounddevice
+    except OSError:
+        fixes.append("no sound can be played: apt install libportaudio2")
+        return "PortAudio is missing"
+    try:
+        outputs = [d["name"] for d in sounddevice.query_devices() if d["max_output_channels"] > 0]
+    except sounddevice.PortAudioError as error:
+        return f"no devices: {error}"
+    return ", ".join(outputs) or "no output device; songs are written, not played"
+
+
+def _disk(fixes: list[str]) -> dict[str, str]:
+    folder = models_folder()
+    parent = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    free = shutil.disk_usage(parent).free
+    if free < _LITTLE_DISK:
+        fixes.append(
+            f"{free / 1e9:.0f} GB free: fetching the released weights takes about 30 GB for a "
+            "while; keep them elsewhere with: export KHALA_MODELS=/Volumes/Disk/khala"
+        )
+    if "Documents" in folder.parts or "Desktop" in folder.parts:
+        fixes.append("iCloud may take models away from there: export KHALA_MODELS=~/khala-models")
+    if not os.access(Path.cwd(), os.W_OK):
+        fixes.append(f"nothing can be written here: cd ~ (this folder is {Path.cwd()})")
+    return {"models": str(folder), "free_disk": f"{free / 1e9:.1f} GB"}
+
+
+def _m4a() -> str:
+    return next((tool for tool in ("ffmpeg", "afconvert") if shutil.which(tool)), "not readable")

@@ -1,0 +1,43 @@
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import fake_sounddevice
+import pytest
+from click.testing import CliRunner
+
+from khala_mlx import doctor
+from khala_mlx.cli import main
+
+
+def test_a_machine_that_is_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_sounddevice.install(monkeypatch)
+    monkeypatch.setenv("KHALA_MODELS", str(tmp_path / "models"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, 10**12))
+    monkeypatch.setattr("khala_mlx.machine.usable_memory", lambda: 8 * 10**9)
+    found = doctor.examine()
+    assert found["sound"] == "Fake"
+    assert found["released_weights_fit_in"] == "16 bit, 8 bit, 4 bit"
+    assert found["fixes"] == []
+    assert "All is well." in CliRunner().invoke(main, ["doctor"]).stdout
+
+
+def test_what_is_wrong_comes_with_a_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Broken:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "sounddevice":
+                raise OSError("PortAudio library not found")
+
+    monkeypatch.delitem(sys.modules, "sounddevice", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    monkeypatch.setenv("KHALA_MODELS", str(tmp_path / "Documents" / "models"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr("khala_mlx.machine.usable_memory", lambda: 10**9)
+    monkeypatch.setattr(doctor, "find_spec", lambda _: None)
+    told = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).stdout)
+    fixes = "\n".join(told["fixes"])
+    for part in ("libportaudio2", "KHALA_MODELS=", "iCloud", "--model demo"):
+        assert part in fixes
+    assert "khala-mlx[tags]" in told["mutagen"]
+    assert "Fix: " in CliRunner().invoke(main, ["doctor"]).stdout
