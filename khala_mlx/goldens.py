@@ -126,6 +126,6 @@ def _layer_agreement(khala: Khala, ids: np.ndarray, codes: np.ndarray) -> float:
 def _snr(golden: np.ndarray, ours: np.ndarray) -> float:
     if golden.shape != ours.shape:
         return -np.inf
-    noise = float(np.sum((golden - ours) ** 2, dtype=np.float64))
-    signal = float(np.sum(golden**2, dtype=np.float64))
-    return float(np.clip(10 * np.log10(max(signal, 1e-30) / max(noise, 1e-30)), -200, 200))
+    golden = golden.astype(np.float64)
+    signal, noise = (max(float(np.sum(x**2)), 1e-30) for x in (golden, golden - ours))
+    return float(np.clip(10 * (np.log10(signal) - np.log10(noise)), -200, 200))
