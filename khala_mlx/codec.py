@@ -228,11 +228,13 @@ class Codec(nn.Module):
         *,
         chunk_frames: int | None = None,
         on_progress: Progress | None = None,
+        on_block: Callable[[np.ndarray, int], None] | None = None,
     ) -> np.ndarray:
         """Integer codes [k, T] of the first k <= K layers to float32 samples [hop * T, channels].
 
         Works in blocks of `chunk_frames` frames, by default as many as 2 GiB allow, each with
         its real neighbours around it: the result is that of decoding everything at once.
+        `on_block` is given each block and the count of all samples.
 
         Raises:
             KhalaError: if the codes have another shape or type, are none, or name no row; if
@@ -246,6 +248,8 @@ class Codec(nn.Module):
         for block in blocks:
             samples[done : done + len(block)] = block
             done += len(block)
+            if on_block:
+                on_block(block, len(samples))
             _report(on_progress, done // hop, total)
         return samples
 

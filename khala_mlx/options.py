@@ -68,7 +68,7 @@ tag_options = together(
 output_option = click.option(
     "--output", "-o", type=FILE, help="wav, flac, ogg or mp3.  [default: song.wav]"
 )
-play_option = click.option("--play", is_flag=True, help="Play the song when it is written.")
+play_option = click.option("--play", is_flag=True, help="Play the song while it is rendered.")
 adapter_options = together(
     click.option(
         "--adapter",

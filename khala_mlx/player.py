@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TextIO
 
 import click
@@ -173,12 +173,34 @@ def heard_while_made(track: Track) -> Iterator[Callable[[], bool]]:
         raise failure[0]
 
 
-def play_written(waveform: np.ndarray, sample_rate: int) -> None:
-    """Play samples [L, C] of a file that is written: no device is a KhalaWarning, no failure."""
-    try:
-        play_in_terminal(Track.whole(waveform, sample_rate))
-    except AudioError as error:
-        warnings.warn(f"{error} The song is written.", KhalaWarning, stacklevel=2)
+class Live:
+    """Plays a song from the first piece that is rendered on; a failure is a warning at the end."""
+
+    def __init__(self, sample_rate: int) -> None:
+        self._rate = sample_rate
+        self._track: Track | None = None
+        self._stack = ExitStack()
+
+    def __call__(self, block: np.ndarray, samples: int) -> None:
+        """Add samples [n, C] of a song of so many; see Khala.on_sound."""
+        if self._track is None:
+            self._track = Track(samples, block.shape[1], self._rate)
+            self._stack.enter_context(heard_while_made(self._track))
+        self._track.add(block)
+
+    def stop(self) -> None:
+        """Be silent at once."""
+        if self._track:
+            self._track.end(0)
+        with suppress(AudioError):
+            self._stack.close()
+
+    def finish(self) -> None:
+        """Play to the end; no device is a KhalaWarning, as the song is written."""
+        try:
+            self._stack.close()
+        except AudioError as error:
+            warnings.warn(f"{error} The song is written.", KhalaWarning, stacklevel=2)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from khala_mlx.errors import KhalaError
 from khala_mlx.files import check_destination, provisional
 from khala_mlx.finish import Finish
 from khala_mlx.options import FINISH, OF_THE_FILE, given
-from khala_mlx.player import play_written
+from khala_mlx.player import Live
 from khala_mlx.request import Request, sidecar_path
 from khala_mlx.song import Song, take_path
 from khala_mlx.take import Take
@@ -79,7 +81,14 @@ def write_song(
     khala: Any, take: Take, output: Path, options: dict[str, Any], *, resumed: bool = False
 ) -> None:
     """Make what a take lacks and write its three files; the take is there from the start on."""
-    song = made(khala, take, output, options, resumed)
+    with _heard(khala, options):
+        _write_song(khala, take, output, options, resumed)
+
+
+def _write_song(
+    khala: Any, take: Take, output: Path, options: dict[str, Any], resumed: bool
+) -> None:
+    song = made(khala, take, output, options, resumed, progress=_progress(options))
     save_song(song, output, options)
     taken = sum(song.metadata["timings"].values())
     report(
@@ -92,8 +101,6 @@ def write_song(
         },
         options["as_json"],
     )
-    if options["play"]:
-        play_written(audio.fit_scale(song.waveform, normalize=True)[0], song.sample_rate)
 
 
 def write_draft(
@@ -103,7 +110,20 @@ def write_draft(
     layers = max(options["draft"], take.layers)
     sound = draft_path(output, layers)
     check_destination(sound)
-    song = made(khala, take, output, options, resumed, layers)
+    with _heard(khala, options):
+        _write_draft(khala, take, output, options, resumed, sound, layers)
+
+
+def _write_draft(
+    khala: Any,
+    take: Take,
+    output: Path,
+    options: dict[str, Any],
+    resumed: bool,
+    sound: Path,
+    layers: int,
+) -> None:
+    song = made(khala, take, output, options, resumed, layers, _progress(options))
     write_sound(sound, song, options)
     report(
         {
@@ -115,8 +135,36 @@ def write_draft(
         },
         options["as_json"],
     )
-    if options["play"]:
-        play_written(audio.fit_scale(song.waveform, normalize=True)[0], song.sample_rate)
+
+
+@contextmanager
+def _heard(khala: Any, options: dict[str, Any]) -> Iterator[None]:
+    """With --play let the song be heard while it is rendered, and to its end once it is written."""
+    if not options["play"]:
+        yield
+        return
+    live = khala.on_sound = Live(khala.config.codec.sample_rate)
+    try:
+        yield
+    except BaseException:
+        live.stop()
+        raise
+    finally:
+        khala.on_sound = None
+    live.finish()
+
+
+def _progress(options: dict[str, Any]) -> Callable[[str, int, int], None]:
+    """Shows the stages; where a song is heard, its position takes the place of the last."""
+    progress = Progress()
+    if not options["play"]:
+        return progress
+
+    def show(stage: str, done: int, total: int) -> None:
+        if stage != "render":
+            progress(stage, done, total)
+
+    return show
 
 
 def draft_path(output: Path, layers: int) -> Path:

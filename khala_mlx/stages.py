@@ -35,6 +35,10 @@ from khala_mlx.weights import find_model, load_part, working_dtype
 Loaded = TypeVar("Loaded", Backbone, SuperRes, Codec)
 
 
+# Pieces of a song that is heard while it is rendered: the first comes soon.
+HEARD_SECONDS = 5.0
+
+
 class Stages:
     """Tokenizer, backbone, superres and codec of one model folder, each loaded when first used."""
 
@@ -52,6 +56,8 @@ class Stages:
         self.tokenizer = tokenizer
         self.dtype = dtype or working_dtype(config)
         self.keep_loaded = keep_loaded
+        # Hears each piece that `render` makes, and the count of all samples of the song.
+        self.on_sound: Callable[[np.ndarray, int], None] | None = None
         self.source = str(folder)
         self._parts: dict[str, Any] = {}
         self._adapters = Adapters()
@@ -265,7 +271,12 @@ class Stages:
     ) -> np.ndarray:
         """Sound of codes [K, T]: float32 [hop * T, channels]; of a draft, codes of fewer layers."""
         self._check_codes(codes, draft)
-        return self.codec.decode(codes, chunk_frames=chunk_frames, on_progress=on_progress)
+        if self.on_sound:
+            piece = round(HEARD_SECONDS * self.config.codec.frame_rate)
+            chunk_frames = max(1, min(chunk_frames or piece, piece))
+        return self.codec.decode(
+            codes, chunk_frames=chunk_frames, on_progress=on_progress, on_block=self.on_sound
+        )
 
     def render_stream(
         self, codes: np.ndarray, *, draft: bool = False, chunk_frames: int | None = None

@@ -205,6 +205,35 @@ def test_play(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed(run("play", "absent.wav"), "cannot be read")
 
 
+def test_a_song_is_heard_while_it_is_rendered(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from khala_mlx import player, stages
+
+    monkeypatch.setattr(stages, "HEARD_SECONDS", 0.02)
+    device = fake_sounddevice.install(monkeypatch, speed=5)
+    added: list[tuple[int, int]] = []
+    add = player.Track.add
+
+    def note(track: player.Track, block: np.ndarray) -> None:
+        added.append((len(block), len(device.blocks)))
+        add(track, block)
+        if len(added) == 1:
+            # As a song that takes longer to make than to hear.
+            time.sleep(0.2)
+
+    monkeypatch.setattr(player.Track, "add", note)
+    result = generate(tiny_folder, "--play", "--bit-depth", "float", "--no-normalize")
+    assert result.exit_code == 0, result.stderr
+    # Several pieces, and the first was heard before the last was there.
+    assert len(added) > 2
+    assert added[-1][1] > 0
+    wave = soundfile.read("song.wav", always_2d=True)[0].clip(-1, 1)
+    assert sum(count for count, _ in added) == len(wave)
+    heard = device.heard[device.heard.any(axis=1)]
+    assert np.abs(heard - wave[wave.any(axis=1)]).max() < 1e-6
+
+
 def test_play_a_take(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generate(tiny_folder, "--bit-depth", "float", "--no-normalize")
     device = fake_sounddevice.install(monkeypatch)
