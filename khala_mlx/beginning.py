@@ -37,7 +37,7 @@ class Beginning:
 
 def read_beginning(
     khala: Any,
-    source: Path,
+    source: str | Path,
     until: float | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Beginning:
@@ -46,6 +46,7 @@ def read_beginning(
     Raises:
         KhalaError: if the file cannot be read or holds nothing before that point.
     """
+    source = Path(source)
     if _is_take(source):
         codes, request = _of_take(khala, source)
     else:

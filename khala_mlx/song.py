@@ -179,13 +179,16 @@ def warn_other_adapters(sidecar: Path, adapters: list[dict[str, Any]]) -> None:
     """Warn if a song.json names other adapters than these (see Khala.adapters)."""
     model = recorded(sidecar).get("model")
     found = model.get("adapters") if isinstance(model, dict) else None
-    named = [each for each in found or [] if isinstance(each, dict)]
+    listed = found if isinstance(found, list) else []
+    named = [each for each in listed if isinstance(each, dict)]
 
     def effect(every: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
         return [(each.get("sha256"), each.get("scale")) for each in every]
 
     if effect(named) != effect(adapters):
-        told = ", ".join(f"{each.get('name')} at {each.get('scale')}" for each in named)
+        told = ", ".join(
+            f"{shown(each.get('name'))} at {shown(each.get('scale'))}" for each in named
+        )
         warnings.warn(
             f"{sidecar} was made with other adapters ({told or 'none'}): the song will differ.",
             KhalaWarning,

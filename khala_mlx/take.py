@@ -87,13 +87,13 @@ class Take:
         other.metadata["request"] = request.to_dict()
         return other
 
-    def save(self, path: Path, *, overwrite: bool = False) -> None:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the take; it replaces an earlier state whole or, when killed, not at all.
 
         Raises:
             KhalaError: if the file exists (and `overwrite` is false) or cannot be written.
         """
-        with appears_whole(path, overwrite=overwrite) as temporary:
+        with appears_whole(Path(path), overwrite=overwrite) as temporary:
             self.write(temporary)
 
     def write(self, path: Path) -> None:

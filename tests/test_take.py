@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +232,20 @@ def test_files_that_are_no_takes(tmp_path: Path, content: bytes) -> None:
         Take.load(tmp_path / "absent")
     with pytest.raises(KhalaError, match="cannot be read"):
         Take.load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::khala_mlx.errors.KhalaWarning")
+def test_the_example_of_the_docs(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run as it stands, but for the model and lengths that fit it."""
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "studio.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = code.replace('"khala-model"', repr(str(tiny_folder))).replace("=72.0", "=0.05")
+    code = code.replace("layers=8", "layers=4").replace('rock"', 'rock", seconds=0.1')
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert np.array_equal(names["again"].waveform, names["song"].waveform)
+    kept = names["begun"].codes
+    assert np.array_equal(names["longer"].codes[: len(kept), :17], kept)
