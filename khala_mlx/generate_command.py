@@ -24,7 +24,6 @@ from khala_mlx.options import (
     play_option,
     recorded,
     tag_options,
-    typed,
 )
 from khala_mlx.terminal import Progress, command, report
 
@@ -247,7 +246,7 @@ def _resume(options: dict[str, Any]) -> None:
     )
     from khala_mlx.take import Take, song_path
 
-    if extra := sorted(name for name in options if typed(name) and name not in _WITH_RESUME):
+    if extra := sorted(name for name in options if given(name) and name not in _WITH_RESUME):
         names = ", ".join(map(flag, extra))
         raise click.UsageError(f"--resume takes everything from the take; leave out {names}.")
     path = options["resume"]

@@ -118,9 +118,10 @@ def given(name: str) -> bool:
     return source in (ParameterSource.COMMANDLINE, ParameterSource.PROMPT)
 
 
-def typed(name: str) -> bool:
-    """Whether the option stands on this command line."""
-    return click.get_current_context().get_parameter_source(name) == ParameterSource.COMMANDLINE
+def left_to_default(name: str) -> bool:
+    """Whether neither this run nor the user's own defaults set the option."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source in (None, ParameterSource.DEFAULT)
 
 
 def flag(name: str) -> str:

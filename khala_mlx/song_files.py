@@ -11,7 +11,7 @@ from khala_mlx import audio
 from khala_mlx.errors import KhalaError
 from khala_mlx.files import check_destination, provisional
 from khala_mlx.finish import Finish
-from khala_mlx.options import FINISH, OF_THE_FILE, given
+from khala_mlx.options import FINISH, OF_THE_FILE, given, left_to_default
 from khala_mlx.player import Live
 from khala_mlx.request import Request, sidecar_path
 from khala_mlx.song import Song, take_path
@@ -42,14 +42,23 @@ def open_model(options: dict[str, Any], take: Take | None = None) -> Any:
 
     source = options["model"]
     if take is not None and not given("model") and take.source:
-        source = take.source
-        if source != "demo" and not Path(source).expanduser().is_dir():
+        if take.source == "demo" or _is_folder(take.source):
+            source = take.source
+        elif left_to_default("model"):
             raise KhalaError(
                 "The take's model is not here under the name it had then: name it with --model."
             )
     khala = Khala.from_pretrained(source, keep_loaded=False)
     load_adapters(khala, options["adapters"], options["adapter_scales"])
     return khala
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).expanduser().is_dir()
+    except RuntimeError:
+        # ~nobody
+        return False
 
 
 def load_adapters(khala: Any, paths: tuple[Path, ...], scales: tuple[float, ...]) -> None:

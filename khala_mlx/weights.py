@@ -39,7 +39,10 @@ def find_model(source: str | Path) -> Path:
     """
     if source == "demo":
         return Path(__file__).parent / "demo"
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:
+        raise WeightsError(f"There is no model folder {source}, nor such a user.") from error
     if path.is_file():
         raise WeightsError(f"{path} is a file; a model is a folder made by `khala convert`.")
     downloaded = models_folder() / model_name(str(source))

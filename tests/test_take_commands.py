@@ -153,6 +153,13 @@ def test_a_take_leads_neither_elsewhere_nor_to_the_hub(
     take.source = "someone/model"
     take.save(Path("b.take.safetensors"))
     failed(run("generate", "--resume", "b.take.safetensors"), "name it with --model")
+    with monkeypatch.context() as patch:
+        patch.setenv("KHALA_GENERATE_MODEL", str(tiny_folder))
+        assert run("generate", "--resume", "b.take.safetensors").exit_code == 0
+    take.source = "~nobody-of-that-name"
+    take.save(Path("e.take.safetensors"))
+    failed(run("generate", "--resume", "e.take.safetensors"), "name it with --model")
+    failed(run("render", "e.take.safetensors", "-m", take.source), "nor such a user")
     take.options["suffix"] = "/../../x.wav"
     take.save(Path("c.take.safetensors"))
     result = run("generate", "--resume", "c.take.safetensors", "-m", tiny_folder)
