@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from tiny_tokenizer import write_tiny_tokenizer
 
 from khala_mlx import KhalaError, tokens
@@ -246,6 +247,16 @@ def test_superres_starts_as_the_backbone(data: Path, trained: Path) -> None:
     spread = mx.std(table[LAYOUT.backbone_vocab :]).item()
     assert spread == pytest.approx(mx.std(backbone.embed_tokens.weight).item(), rel=0.05)
     assert len(task.by_layer()) == 6
+
+
+def test_superres_can_start_from_another_run(data: Path, tmp_path: Path) -> None:
+    train_superres(superres_settings(), data, tmp_path / "first")
+    tokenizer = Tokenizer.from_file(data / "tokenizer.json")
+    songs = examples_of(read_coded(data, "train"), LAYOUT, tokenizer, lambda *_: 100)
+    task = SuperResTask(superres_settings(start=str(tmp_path / "first")), songs, songs)
+    found = mx.load(str(tmp_path / "first" / "superres.safetensors"))
+    ours = dict(tree_flatten(task.model.parameters()))
+    assert all(mx.array_equal(ours[name], found[name]).item() for name in found)
 
 
 def test_a_focus_draws_early_layers_more_often(data: Path) -> None:

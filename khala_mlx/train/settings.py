@@ -135,6 +135,8 @@ class SuperResTraining(_FromFile):
             more than twice as long as those of the refinement.
         layer_focus: how often layer k is drawn goes as k ** -layer_focus; 0 draws all alike. What
             the first layers leave open is most of the sound.
+        start: folder of a finished run of superres whose weights to start from; `backbone` and
+            `codec` are not looked at then. "" starts afresh.
         backbone: folder of a trained backbone to start from; "" starts from scratch.
         codec: folder of the codec run whose codebooks the rows start from: those of the fine layers
             beside a backbone, or else of all; "" starts them at random.
@@ -146,6 +148,7 @@ class SuperResTraining(_FromFile):
     align_weight: float = 0.5
     align_songs: int = 0
     layer_focus: float = 0.0
+    start: str = ""
     backbone: str = ""
     codec: str = ""
 

@@ -26,7 +26,7 @@ from khala_mlx.train.codec import load_codec
 from khala_mlx.train.loop import Run, save_part
 from khala_mlx.train.sequences import Alike, Example, check_prompt, padded, read_examples
 from khala_mlx.train.settings import SuperResTraining
-from khala_mlx.weights import part_files, read_tensors
+from khala_mlx.weights import fill_part, part_files, read_tensors
 
 
 def refine_loss(model: SuperRes, prompts: mx.array, codes: mx.array, layers: list[int]) -> mx.array:
@@ -132,13 +132,7 @@ class SuperResTask:
         mx.random.seed(settings.schedule.seed)
         self.model = SuperRes(settings.superres, settings.tokens)
         mx.eval(self.model.parameters())
-        if settings.backbone:
-            start_from_backbone(self.model, Path(settings.backbone))
-        if settings.codec:
-            codec = load_codec(Path(settings.codec))
-            # The backbone knows the coarse layers by rows of its own.
-            first = self.layout.num_coarse if settings.backbone else 0
-            start_from_codebooks(self.model, codec.quantizer.codebooks, first=first)
+        self._start()
         self.state: dict[str, mx.array] = {}
 
     def batch(self, rng: np.random.Generator, step: int) -> dict[str, Any]:
@@ -172,6 +166,19 @@ class SuperResTask:
             layer: float(refine_loss(self.model, prompts, codes, [layer] * len(codes)))
             for layer in range(self.layout.num_coarse, self.layout.num_codebooks)
         }
+
+    def _start(self) -> None:
+        settings = self.settings
+        if settings.start:
+            fill_part(self.model, Path(settings.start), "superres").train()
+            return
+        if settings.backbone:
+            start_from_backbone(self.model, Path(settings.backbone))
+        if settings.codec:
+            codec = load_codec(Path(settings.codec))
+            # The backbone knows the coarse layers by rows of its own.
+            first = self.layout.num_coarse if settings.backbone else 0
+            start_from_codebooks(self.model, codec.quantizer.codebooks, first=first)
 
     def _layers(self, rng: np.random.Generator, count: int) -> list[int]:
         fine = np.arange(self.layout.num_coarse, self.layout.num_codebooks)
