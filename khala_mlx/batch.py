@@ -6,8 +6,9 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -22,6 +23,12 @@ _FIELDS = {field.name for field in dataclasses.fields(Request)}
 # No honest list is larger.
 _MOST_BYTES = 64 << 20
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
+
+
+class State(IntEnum):
+    """How far a song is on a machine."""
+
+    ABSENT, BEGUN, THERE = range(3)
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,23 @@ def read_list(path: Path, suffix: str = ".wav") -> list[Entry]:
     if not entries:
         raise KhalaError(f"{path} names no songs.")
     return _without_doubles(entries)
+
+
+def owners(states: Sequence[Sequence[int]]) -> list[int]:
+    """Which rank sees to each song of a list, from how far it is on each: states[rank][song].
+
+    Where a song is furthest, it stays; those that are to be made are spread evenly. Every rank
+    comes to the same result, so that no song is left out and none is made twice.
+    """
+    load = [0] * len(states)
+    result = []
+    for found in zip(*states, strict=True):
+        furthest = max(found)
+        having = [rank for rank, state in enumerate(found) if state == furthest]
+        owner = min(having, key=lambda rank: load[rank])
+        load[owner] += furthest != State.THERE
+        result.append(owner)
+    return result
 
 
 def _json_lines(text: str) -> Iterator[tuple[int, Any]]:

@@ -1,4 +1,7 @@
-"""`khala batch`: a list of songs, one after the other; restartable, stopped gently by Ctrl-C."""
+"""`khala batch`: a list of songs, one after the other; restartable, stopped gently by Ctrl-C.
+
+Under `mlx.launch` the processes share the list.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,7 @@ def batch(path: Path, out: Path, suffix: str, as_json: bool, **options: Any) -> 
 
     A song that fails is told and passed over. The same command again makes what is missing and
     goes on with a song that was begun. Ctrl-C finishes the song at hand, twice stops at once.
+    Several machines share a list: mlx.launch --hostfile macs.json -- khala batch LIST.
 
     \b
     {"tags": "waltz", "lyrics": "do re mi", "seed": 1, "output": "first.mp3", "title": "First"}
@@ -37,11 +41,15 @@ def batch(path: Path, out: Path, suffix: str, as_json: bool, **options: Any) -> 
     """
     from khala_mlx.awake import keep_awake
     from khala_mlx.batch import read_list
+    from khala_mlx.processes import Processes
     from khala_mlx.song_files import finish_of, open_model
 
     entries = read_list(path, f".{suffix}")
     finish_of(options)
+    processes = Processes.launched()
+    processes.agree(repr(entries), "list of songs")
     khala = open_model(options)
+    own = _own(khala, processes, entries, out)
     told: list[dict[str, Any]] = []
     stopping: list[bool] = []
 
@@ -51,14 +59,43 @@ def batch(path: Path, out: Path, suffix: str, as_json: bool, **options: Any) -> 
         return len(stopping) == 1
 
     with keep_awake(), on_interrupt(stop_gently):
-        line = _Progress(len(entries))
-        for number, entry in enumerate(entries, 1):
+        line = _Progress(len(entries), len(own))
+        for number, entry in own:
             if stopping:
                 break
             line.begin(number, entry.output)
             told.append(_made(khala, entry, out, options, line))
             line.end(told[-1])
-    _summarise(told, len(entries), as_json)
+    # Who is done first waits here for the others.
+    every = [each for part in processes.gathered(told) for each in part]
+    if processes.leads:
+        _summarise(sorted(every, key=lambda each: each["line"]), len(entries), as_json)
+
+
+def _own(khala: Any, processes: Any, entries: list[Any], out: Path) -> list[tuple[int, Any]]:
+    """The entries this process sees to, with their number in the list.
+
+    Raises:
+        KhalaError: if the processes do not have the same model.
+    """
+    from khala_mlx.batch import owners
+
+    if processes.size > 1:
+        model = khala.identity, khala.fingerprint, khala.dtype, khala.adapters
+        processes.agree(repr(model), "model")
+    ranks = owners(processes.gathered([_state(out / entry.output) for entry in entries]))
+    numbered = zip(ranks, enumerate(entries, 1), strict=True)
+    return [each for rank, each in numbered if rank == processes.rank]
+
+
+def _state(output: Path) -> int:
+    """How far the song of an output is on this machine."""
+    from khala_mlx.batch import State
+    from khala_mlx.song import take_path
+
+    if output.exists():
+        return State.THERE
+    return State.BEGUN if take_path(output).exists() else State.ABSENT
 
 
 def _made(khala: Any, entry: Any, out: Path, options: dict[str, Any], progress: Any) -> Any:
@@ -114,8 +151,8 @@ def _require_same(there: Any, entry: Any, request: Any) -> None:
 class _Progress:
     """One line: which song, which stage, and how long the rest takes at the pace so far."""
 
-    def __init__(self, total: int) -> None:
-        self._line, self._total = Line(), total
+    def __init__(self, total: int, own: int) -> None:
+        self._line, self._total, self._left = Line(), total, own
         self._number, self._name, self._made = 0, "", 0
         self._began = time.monotonic()
 
@@ -126,12 +163,13 @@ class _Progress:
         text = f"{self._number}/{self._total} {self._name}: {stage} {100 * done // max(total, 1)} %"
         if self._made:
             pace = (time.monotonic() - self._began) / self._made
-            left = int(pace * (self._total - self._number + 1))
+            left = int(pace * self._left)
             text += f", about {left // 60}:{left % 60:02d} left"
         self._line.draw(text)
 
     def end(self, told: dict[str, Any]) -> None:
         self._made += told["state"] == "made"
+        self._left -= 1
         text = f"{self._number}/{self._total} {self._name}: {told['state']}"
         self._line.say(text + (f": {told['error']}" if "error" in told else ""))
 

@@ -12,9 +12,10 @@ import soundfile
 from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from launching import alone, launched, needs_ring
 
 from khala_mlx.awake import keep_awake
-from khala_mlx.batch import read_list
+from khala_mlx.batch import State, owners, read_list
 from khala_mlx.cli import main
 from khala_mlx.errors import KhalaError
 
@@ -220,6 +221,81 @@ def test_ctrl_c_twice_stops(tiny_folder: Path) -> None:
     assert process.returncode == 1
     assert "Stopped" in stderr
     assert not Path("a.wav").exists()
+
+
+@settings(deadline=None)
+@given(data=st.data(), ranks=st.integers(1, 4), songs=st.integers(0, 9))
+def test_each_song_has_one_owner(data: st.DataObject, ranks: int, songs: int) -> None:
+    rows = st.lists(st.sampled_from(State), min_size=songs, max_size=songs)
+    states = data.draw(st.lists(rows, min_size=ranks, max_size=ranks))
+    result = owners(states)
+    assert len(result) == songs
+    # A song that is there or begun somewhere is not made again elsewhere.
+    for song, owner in enumerate(result):
+        assert states[owner][song] == max(row[song] for row in states)
+    fresh = owners([[State.ABSENT] * songs] * ranks)
+    assert [fresh.count(rank) for rank in range(ranks)] == [
+        len(range(rank, songs, ranks)) for rank in range(ranks)
+    ]
+
+
+# Process 1 is killed in its second song, once that is composed.
+DIES = """
+import os, sys
+from khala_mlx.pipeline import Khala
+refine, calls = Khala.refine, []
+def mortal(self, *rest, **named):
+    calls.append(1)
+    if os.environ["MLX_RANK"] == "1" and len(calls) == 2:
+        os.kill(os.getpid(), 9)
+    return refine(self, *rest, **named)
+Khala.refine = mortal
+from khala_mlx.cli import main
+main(sys.argv[1:])
+"""
+
+
+@needs_ring
+def test_processes_share_a_list(tiny_folder: Path) -> None:
+    songs = [{**SHORT, "tags": "pop", "seed": seed} for seed in range(4)]
+    path = write(*songs[:2], "no json", *songs[2:])
+    command = ["batch", "-m", tiny_folder, path, "--json", "--out"]
+
+    def sounds(folder: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in Path(folder).glob("*.wav")}
+
+    assert json.loads(alone(*command, "one").stdout)["made"] == 4
+    together = launched(2, *command, "two")
+    told = json.loads(together.stdout)
+    assert [each["line"] for each in told["songs"]] == list(range(1, 6))
+    assert (told["made"], told["failed"], told["not_begun"]) == (4, 1, 0)
+    assert sounds("two") == sounds("one")
+    assert len(sounds("one")) == 4
+
+    died = launched(2, *command, "three", code=DIES)
+    assert died.stdout == ""
+    left = {path: path.stat().st_mtime_ns for path in Path("three").glob("*.wav")}
+    assert 1 <= len(left) < 4
+    assert len(list(Path("three").glob("*.take.safetensors"))) > len(left)
+    # What process 1 did not come to is done by whoever is there.
+    told = json.loads(alone(*command, "three").stdout)
+    assert (told["made"], told["there_already"]) == (4 - len(left), len(left))
+    assert sounds("three") == sounds("one")
+    assert all(path.stat().st_mtime_ns == time for path, time in left.items())
+
+
+@needs_ring
+def test_processes_with_different_lists_stop(tiny_folder: Path) -> None:
+    for rank in range(2):
+        Path(f"{rank}.jsonl").write_text(json.dumps({**SHORT, "seed": rank}))
+    code = """
+import os, sys
+from khala_mlx.cli import main
+main([*sys.argv[1:], os.environ["MLX_RANK"] + ".jsonl"])
+"""
+    result = launched(2, "batch", "-m", tiny_folder, code=code)
+    assert "do not start from the same list of songs" in result.stderr
+    assert not list(Path().glob("*.wav"))
 
 
 class Caffeinate:

@@ -94,8 +94,8 @@ def lora(model: str, data: Path, out: Path, as_json: bool, **options: Any) -> No
     Use it with `khala generate --adapter OUT`. What is learnt is the adapter alone, so the model
     may be packed (`khala convert --quantize`).
     """
+    from khala_mlx.processes import Processes
     from khala_mlx.train.fine_tuning import check_memory, plan, train_lora
-    from khala_mlx.train.processes import Processes
 
     planned = plan(model, data, _settings(options), options["replay"])
     told = planned.forecast.to_dict()

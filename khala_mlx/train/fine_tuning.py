@@ -21,12 +21,12 @@ from khala_mlx.backbone import Backbone
 from khala_mlx.config import KhalaConfig
 from khala_mlx.errors import KhalaError, KhalaWarning
 from khala_mlx.machine import usable_memory
+from khala_mlx.processes import Processes
 from khala_mlx.train.data import holds
 from khala_mlx.train.forecast import Forecast, Machine, forecast, weight_bytes
 from khala_mlx.train.loop import LOG, entries
 from khala_mlx.train.lora import LoraRun, LoraTask, add_lora
 from khala_mlx.train.prepared import read_prepared
-from khala_mlx.train.processes import Processes
 from khala_mlx.train.sequences import Example, padded
 from khala_mlx.train.settings import LoraTraining
 from khala_mlx.weights import CPU_UNPACKED_BYTES, find_model, load_part, working_dtype

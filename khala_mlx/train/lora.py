@@ -17,10 +17,10 @@ from mlx.utils import tree_flatten, tree_map
 from khala_mlx.adapter import module_key, save_adapter
 from khala_mlx.backbone import Backbone
 from khala_mlx.cache import file_limit_kept
+from khala_mlx.processes import Processes
 from khala_mlx.train.audio_nats import Targets, hidden_states, summed_nats, targets_of
 from khala_mlx.train.backbone import by_length, drawn
 from khala_mlx.train.loop import LOG, Run, entries
-from khala_mlx.train.processes import Processes
 from khala_mlx.train.sequences import Example, padded
 from khala_mlx.train.settings import LoraTraining
 

@@ -1,55 +1,23 @@
-"""Several processes that train one adapter: the same losses as one alone."""
+"""Several processes that share work; training one adapter, they have the losses of one alone."""
 
 import json
-import socket
-import subprocess
-import sys
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
+from launching import launched, needs_ring
 from tiny_songs import write_songs
 
 from khala_mlx import KhalaError
 from khala_mlx.adapter import Adapter
 from khala_mlx.cli import main
+from khala_mlx.processes import Processes
 from khala_mlx.train.fine_tuning import plan, train_lora
-from khala_mlx.train.processes import Processes
 from khala_mlx.train.settings import LoraTraining, Schedule
 
-LAUNCH = "from mlx._distributed_utils.launch import main; main()"
-KHALA = "from khala_mlx.cli import main; main()"
 
-
-def free_ports(count: int) -> int:
-    """The first of so many ports in a row that nobody listens on."""
-    for first in range(32400, 60000, count):
-        with ExitStack() as taken:
-            try:
-                for port in range(first, first + count):
-                    taken.enter_context(socket.create_server(("127.0.0.1", port)))
-            except OSError:
-                continue
-            return first
-    raise AssertionError("no port is free")
-
-
-def launched(count: int, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    """`mlx.launch -n COUNT -- khala ...` on loopback."""
-    return subprocess.run(
-        [
-            sys.executable, "-c", LAUNCH, "-n", str(count), "--backend", "ring",
-            "--starting-port", str(free_ports(count)), "--", sys.executable, "-c", KHALA,
-            *map(str, arguments),
-        ],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-
-
-@pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="this MLX has no ring backend")
+@needs_ring
 def test_two_processes_have_the_losses_of_one(tiny_folder: Path, tmp_path: Path) -> None:
     data = write_songs(tmp_path / "coded", [9, 12, 20, 9, 12, 9, 20], held_out=3)
     # Five batches to a step and three held-out songs: neither can be halved.
@@ -103,6 +71,7 @@ def test_each_takes_its_part_and_one_leads() -> None:
     assert alone.summed(tree) is tree
     assert alone.from_leader(tree) is tree
     alone.agree("anything", "nothing")
+    assert alone.gathered({"a": [1]}) == [{"a": [1]}]
     assert Processes.launched().size == 1
 
 

@@ -1,8 +1,9 @@
-"""Processes that train one model together, each on its part of every step (`mlx.launch`)."""
+"""Processes that share work, one a machine or several on one (`mlx.launch`)."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any, Self
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ from khala_mlx.errors import KhalaError
 
 
 class Processes:
-    """The processes of a training; one of them, rank 0, leads: it alone writes and reports."""
+    """The processes of a launch; one of them, rank 0, leads: it alone reports."""
 
     def __init__(self, group: Any = None) -> None:
         self.group = group
@@ -28,7 +29,7 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this is the one that reports."""
         return self.rank == 0
 
     @property
@@ -57,7 +58,23 @@ class Processes:
         """
         if self.size == 1:
             return
-        digest = np.frombuffer(hashlib.sha256(told.encode()).digest(), np.uint32)
-        gathered = mx.distributed.all_gather(mx.array(digest)[None], group=self.group)
-        if (np.array(gathered) != digest).any():
+        digest = hashlib.sha256(told.encode()).hexdigest()
+        if set(self.gathered(digest)) != {digest}:
             raise KhalaError(f"The {self.size} processes do not start from the same {what}.")
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What each process has for `value`, anything that JSON can tell, by rank."""
+        if self.size == 1:
+            return [value]
+        text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        lengths = self._gather(np.array([len(text)], np.int32))[:, 0]
+        padded = np.zeros(lengths.max(), np.uint8)
+        padded[: len(text)] = text
+        rows = zip(self._gather(padded), lengths, strict=True)
+        return [json.loads(row[:length].tobytes()) for row, length in rows]
+
+    def _gather(self, row: np.ndarray) -> np.ndarray:
+        """[N] of each process -> [size, N]."""
+        # On the CPU: a GPU that waits for other processes is stopped by its watchdog.
+        rows = mx.distributed.all_gather(mx.array(row)[None], group=self.group, stream=mx.cpu)
+        return np.array(rows)
