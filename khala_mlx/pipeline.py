@@ -322,6 +322,8 @@ class Khala(Stages):
                 last = max(layers or take.num_codebooks, take.layers)
                 with timed(timings, "refine", on_progress, part, parts) as progress:
                     self._refine_take(take, last, progress, keep)
+                # Each song has its own length: no buffer of this one fits the next.
+                mx.clear_cache()
             self._done_with("superres")
             for part, take in enumerate(made):
                 timings = take.metadata["timings"]
