@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -71,6 +72,13 @@ class Plan:
             return max(stage.peak for stage in self.stages)
         working = max(stage.working for stage in self.stages)
         return sum(stage.weights for stage in self.stages) + working
+
+    def ahead_of(self, part: str) -> str | None:
+        """The part that is needed after `part`, if its weights have room beside that one's work."""
+        for stage, following in pairwise(self.stages):
+            if stage.part == part and stage.peak + following.weights <= self.memory:
+                return following.part
+        return None
 
     def check(self) -> None:
         """Raise a KhalaError if it cannot be done."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from khala_mlx import tokens, weights
 from khala_mlx.adapter import Adapter
+from khala_mlx.ahead import ReadAhead
 from khala_mlx.backbone import Backbone
 from khala_mlx.codec import Codec
 from khala_mlx.config import DTYPES, KhalaConfig
@@ -30,7 +31,7 @@ from khala_mlx.prompt import Prompt, prompt_ids
 from khala_mlx.sampling import stage_key
 from khala_mlx.superres import SuperRes
 from khala_mlx.tokenizer import Tokenizer
-from khala_mlx.weights import find_model, load_part, working_dtype
+from khala_mlx.weights import find_model, load_part, part_files, working_dtype
 
 Loaded = TypeVar("Loaded", Backbone, SuperRes, Codec)
 
@@ -62,7 +63,8 @@ class Stages:
         self._parts: dict[str, Any] = {}
         self._adapters = Adapters()
         self._machine: Machine | None = None
-        self._staged = False
+        self._plan: Plan | None = None
+        self._ahead: ReadAhead | None = None
 
     @classmethod
     def from_pretrained(
@@ -318,21 +320,31 @@ class Stages:
             dtype = mx.float32 if name == "codec" else getattr(mx, self.dtype)
             model = build(self.config)
             self._parts[name] = load_part(model, self.folder, name, self.config, dtype)
+            self._read_ahead_of(name)
         part: Loaded = self._parts[name]
         return part
 
     @contextmanager
     def _following(self, plan: Plan) -> Iterator[None]:
         """Within its limits, and with its parts freed when they are done if it says so."""
-        self._staged = plan.staged
+        self._plan = plan
         try:
             with limits(plan):
                 yield
         finally:
-            self._staged = False
+            self._plan = None
+            if self._ahead:
+                self._ahead.stop()
+                self._ahead = None
+
+    def _read_ahead_of(self, part: str) -> None:
+        """While `part` computes, let the files of the next be read, if the plan has room."""
+        following = self._plan.ahead_of(part) if self._plan else None
+        if following and following not in self._parts:
+            self._ahead = ReadAhead(part_files(self.folder, following))
 
     def _done_with(self, part: str) -> None:
-        if self._staged or not self.keep_loaded:
+        if (self._plan and self._plan.staged) or not self.keep_loaded:
             self.release(part)
         # The next stage's arrays have other sizes: buffers kept for these would only add to them.
         mx.clear_cache()

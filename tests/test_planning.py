@@ -38,6 +38,13 @@ def test_smaller_ones_load_and_free() -> None:
     assert 4e9 < small.peak < 8 * GIB * 2 / 3
 
 
+def test_weights_are_read_ahead_where_both_fit() -> None:
+    assert [plan(16).ahead_of(p) for p in ("backbone", "superres", "codec")] == [
+        "superres", "codec", None,
+    ]  # fmt: skip
+    assert [plan(8).ahead_of(p) for p in ("backbone", "superres")] == [None, "codec"]
+
+
 def test_fewer_songs_at_once_and_smaller_chunks_before_giving_up() -> None:
     many = replace(TWO_MINUTES, songs=16)
     assert plan(64, many).songs_at_once == 16
