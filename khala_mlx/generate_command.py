@@ -73,6 +73,11 @@ _WITH_RESUME |= {"draft", "memory", *OF_THE_FILE}
     show_default=True,
     help="Draw from the tokens that can follow, or from all as upstream does.",
 )
+@click.option(
+    "--kv-bits",
+    type=int,
+    help="Pack the key-value cache of a long song to 8 or 4 bits; it is another song then.",
+)
 @click.option("--like", type=FILE, help="Take all that is not given here from a song or song.json.")
 @click.option(
     "--continue",

@@ -15,6 +15,7 @@ import numpy as np
 
 from khala_mlx import tokens
 from khala_mlx.audio import SILENCE
+from khala_mlx.cache import check_kv_bits
 from khala_mlx.clock import Progress, timed
 from khala_mlx.errors import KhalaError, KhalaWarning
 from khala_mlx.lengths import budget_behind, frame_budget
@@ -56,6 +57,7 @@ class Khala(Stages):
         refine_top_k: int = 10,
         reachable_only: bool = True,
         refine_seed: int | None = None,
+        kv_bits: int | None = None,
         on_progress: Progress | None = None,
         on_take: OnTake | None = None,
     ) -> Song:
@@ -67,6 +69,7 @@ class Khala(Stages):
             min_seconds: the song cannot end before.
             seed: the same seed gives the same song on the same backend; drawn when None.
             refine_seed: the seed of the detail, by default `seed` too.
+            kv_bits: 8 or 4 packs the key-value cache of a long song; it is another song then.
             on_progress: called as (stage, done, total), stage "compose", "refine" or "render".
             on_take: called with each state worth keeping: `Take.save` keeps it, `adopt` and
                 `make` go on with it.
@@ -92,6 +95,7 @@ class Khala(Stages):
             refine_top_k=refine_top_k,
             reachable_only=reachable_only,
             refine_seed=refine_seed,
+            kv_bits=kv_bits,
         )
         return self.fulfil(request, on_progress, on_take)
 
@@ -117,7 +121,7 @@ class Khala(Stages):
             "max_frames": most,
             "max_tokens": most * self.config.tokens.num_coarse,
             "seed": request.seed,
-            "memory": self.envelope(Job(*lengths, most, songs)).told(),
+            "memory": self.envelope(Job(*lengths, most, songs, request.kv_bits)).told(),
         }
 
     def fulfil(
@@ -290,6 +294,7 @@ class Khala(Stages):
                     temperature=request.temperature,
                     top_k=request.top_k,
                     reachable_only=request.reachable_only,
+                    kv_bits=request.kv_bits,
                     on_progress=progress,
                 )
             for take, coarse in zip(batch, composed, strict=True):
@@ -343,7 +348,8 @@ class Khala(Stages):
         frames = max(take.codes.shape[1] if take.layers else take.budget[0] for take in takes)
         backbone, superres = (max(len(take.prompts[part]) for take in takes) for part in range(2))
         new = sum(not take.layers for take in takes)
-        return self.envelope(Job(backbone, superres, frames, max(1, new)))
+        packed = takes[0].request.kv_bits
+        return self.envelope(Job(backbone, superres, frames, max(1, new), packed))
 
     def _refine_take(
         self, take: Take, last: int, report: Callable[[int, int], None], keep: OnTake
@@ -373,6 +379,7 @@ class Khala(Stages):
     def _check_request(self, request: Request) -> None:
         check_sampling(request.top_k, request.temperature)
         check_sampling(request.refine_top_k)
+        check_kv_bits(request.kv_bits, self.config.backbone.head_dim)
         stage_key(request.seed, 0)
         stage_key(_refine_seed(request), 1)
 

@@ -23,12 +23,14 @@ _LEAST_CACHE, _MOST_CACHE = 1 << 30, 4 << 30
 
 @dataclass(frozen=True)
 class Job:
-    """The sizes of what is asked for: prompts in tokens, the longest song in frames, how many."""
+    """The sizes of what is asked for: prompts in tokens, the longest song in frames, how many, and
+    the packing of the key-value cache."""
 
     backbone_prompt: int
     superres_prompt: int
     frames: int
     songs: int = 1
+    kv_bits: int | None = None
 
 
 @dataclass(frozen=True)

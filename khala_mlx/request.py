@@ -18,7 +18,8 @@ from khala_mlx.prompt import Prompt
 class Request(Strict):
     """Everything one asks for when asking for a song; with the model, it determines the song.
 
-    `refine_seed` makes the detail alone anew; by default `seed` serves both.
+    `refine_seed` makes the detail alone anew; by default `seed` serves both. `kv_bits`, 8 or 4,
+    packs the backbone's key-value cache, which changes the song.
     """
 
     tags: str = ""
@@ -38,6 +39,7 @@ class Request(Strict):
     refine_top_k: int = 10
     reachable_only: bool = True
     refine_seed: int | None = None
+    kv_bits: int | None = None
 
     def __post_init__(self) -> None:
         self.check_types("The request")

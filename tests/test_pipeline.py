@@ -9,8 +9,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import soundfile
+from tiny_model import write_tiny_model
 
 from khala_mlx import Khala, KhalaError, Song
+from khala_mlx.config import KhalaConfig
 from khala_mlx.errors import AudioError, KhalaWarning
 from khala_mlx.request import Request
 
@@ -97,6 +99,39 @@ def test_low_memory_frees_each_stage(tiny_folder: Path, song: Song) -> None:
     khala = Khala.from_pretrained(tiny_folder, keep_loaded=False)
     again = khala.generate(tags="pop", lyrics="la la", seconds=0.2, min_seconds=0.2, seed=5)
     assert np.array_equal(again.waveform, song.waveform)
+    assert khala._parts == {}
+
+
+@pytest.mark.filterwarnings("ignore:.*do not fit the window")
+def test_a_packed_cache_is_asked_for_recorded_and_planned(tmp_path: Path) -> None:
+    config = KhalaConfig.tiny()
+    config = dataclasses.replace(
+        config, backbone=dataclasses.replace(config.backbone, head_dim=64, context=4096)
+    )
+    khala = Khala.from_pretrained(write_tiny_model(tmp_path / "wide", config))
+    asked = {"tags": "pop", "seconds": 1.0, "min_seconds": 1.0, "seed": 5}
+    song = khala.generate(**asked, kv_bits=8)
+    most = song.codes.shape[1]
+    ids = khala.prompt_ids(tags="pop")[0]
+    coarse = khala.compose(ids, max_frames=most, min_frames=most, seed=5, kv_bits=8)
+    assert np.array_equal(song.codes[:2], coarse)
+    request = Request.from_record(song.metadata, "here")
+    assert request.kv_bits == 8
+    assert np.array_equal(khala.fulfil(request).codes, song.codes)
+    long = dataclasses.replace(request, seconds=8.0)
+    plain = dataclasses.replace(long, kv_bits=None)
+    peaks = [
+        khala.plan(each, songs=8)["memory"]["stages"]["compose"]["peak_bytes"]
+        for each in (long, plain)
+    ]
+    assert peaks[0] < 0.6 * peaks[1]
+
+
+def test_wrong_packings_of_the_cache_are_refused(tiny_folder: Path) -> None:
+    khala = Khala.from_pretrained(tiny_folder)
+    for bits, sentence in ((3, "has to be 4 or 8"), (8, "heads of 32")):
+        with pytest.raises(KhalaError, match=sentence):
+            khala.generate(seconds=0.2, kv_bits=bits)
     assert khala._parts == {}
 
 
