@@ -1,0 +1,188 @@
+"""khala_mlx against the same work written plainly in PyTorch, on the same machine.
+
+    python benchmarks/against_torch.py --layers 2 --width 2048 --released-vocabulary
+
+Same weights, float32, as many threads, in one process and in turns; medians. torch is needed here
+alone, and is loaded first, so that on Linux MLX uses the fast BLAS that comes with it. First both
+have to make the same tokens, codes and samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+if sys.platform == "linux":
+    # Symbols loaded globally first win, so this has to precede the first import of mlx.
+    ctypes.CDLL(
+        str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL
+    )
+
+import mlx.core as mx
+import plain_torch
+from mlx.utils import tree_flatten
+
+from khala_mlx.bench import RandomModel
+from khala_mlx.config import KhalaConfig
+from khala_mlx.halo import DILATIONS
+
+Works = tuple[Callable[[], np.ndarray], Callable[[], np.ndarray]]
+
+
+def weights(part: Any) -> dict[str, torch.Tensor]:
+    """The parameters of a part for torch."""
+    return plain_torch.tensors({name: np.array(a) for name, a in tree_flatten(part.parameters())})
+
+
+def compose_works(model: RandomModel, options: argparse.Namespace) -> Works:
+    """Ours, as a user gets it, and torch's: `tokens` tokens behind `cached`."""
+    ours, layout = model.backbone, model.config.tokens
+    theirs = plain_torch.Transformer(weights(ours), model.config.backbone)
+    prompt, count = np.arange(options.cached) % layout.audio_start, options.tokens
+
+    def run(reachable_only: bool = True) -> np.ndarray:
+        return ours.generate_many(
+            prompt,
+            keys=[mx.random.key(0)],
+            max_tokens=count,
+            min_tokens=count,
+            top_k=1,
+            reachable_only=reachable_only,
+        )[0]
+
+    def plainly() -> np.ndarray:
+        return plain_torch.compose(theirs, prompt, count, layout.end_of_song)
+
+    # Over the whole vocabulary both have to write the same.
+    check("compose", run(False), plainly())
+    return run, plainly
+
+
+def refine_works(model: RandomModel, options: argparse.Namespace) -> Works:
+    """`steps` steps over `rows` rows."""
+    ours, layout = model.superres, model.config.tokens
+    theirs = plain_torch.Transformer(weights(ours), model.config.superres)
+    prompt = np.arange(min(32, options.rows // 2))
+    coarse = np.random.default_rng(0).integers(
+        0, layout.codebook_size, (layout.num_coarse, options.rows - len(prompt))
+    )
+    layers = layout.num_coarse + options.steps
+
+    def run() -> np.ndarray:
+        return ours.refine(prompt, coarse, top_k=1, layers=layers, key=mx.random.key(0))
+
+    def plainly() -> np.ndarray:
+        return plain_torch.refine(theirs, prompt, coarse, layers, layout)
+
+    check("refine", run(), plainly())
+    return run, plainly
+
+
+def render_works(model: RandomModel, options: argparse.Namespace) -> Works:
+    """`frames` frames of sound."""
+    ours, config = model.codec, model.config.codec
+    theirs = plain_torch.Decoder(weights(ours), config, DILATIONS)
+    codes = np.random.default_rng(0).integers(
+        0, config.codebook_size, (config.num_codebooks, options.frames)
+    )
+
+    def run() -> np.ndarray:
+        return ours.decode(codes)
+
+    def plainly() -> np.ndarray:
+        return theirs.decode(codes)
+
+    check("render", run(), plainly())
+    return run, plainly
+
+
+def check(stage: str, ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Stop unless both made the same; of tokens and codes a few near ties may differ."""
+    if ours.shape != theirs.shape:
+        sys.exit(f"{stage}: shapes {ours.shape} and {theirs.shape} differ.")
+    if ours.dtype.kind == "f":
+        same = bool(np.abs(ours - theirs).max() <= 1e-3 * np.abs(theirs).max())
+    else:
+        same = float((ours == theirs).mean()) >= 0.95
+    if not same:
+        sys.exit(f"{stage}: MLX and torch do not make the same; nothing was timed.")
+
+
+def in_turns(works: Works, turns: int) -> tuple[float, float]:
+    """Median seconds of each, measured one after the other in each turn."""
+    taken: tuple[list[float], list[float]] = ([], [])
+    for _ in range(turns):
+        for work, times in zip(works, taken, strict=True):
+            began = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - began)
+    return statistics.median(taken[0]), statistics.median(taken[1])
+
+
+def random_model(options: argparse.Namespace) -> RandomModel:
+    """The released shapes, with fewer layers."""
+    model = RandomModel(options.layers, options.width)
+    if options.released_vocabulary:
+        released, config = KhalaConfig(), model.config
+        model.config = replace(
+            config,
+            tokens=released.tokens,
+            backbone=replace(config.backbone, vocab_size=released.backbone.vocab_size),
+            superres=replace(config.superres, vocab_size=released.superres.vocab_size),
+        )
+    return model
+
+
+def main() -> None:
+    """Check, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument(
+        "--released-vocabulary", action="store_true", help="Heads of the released sizes."
+    )
+    parser.add_argument("--cached", type=int, default=1000)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--frames", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    torch.set_num_threads(threads)
+    model = random_model(options)
+    told: dict[str, Any] = {"model": model.source, "threads": threads, "turns": options.turns}
+    stages = (("compose", compose_works), ("refine", refine_works), ("render", render_works))
+    for (name, works), part in zip(stages, ("backbone", "superres", "codec"), strict=True):
+        ours, theirs = in_turns(works(model, options), options.turns)
+        told[name] = {"mlx_seconds": ours, "torch_seconds": theirs, "times": theirs / ours}
+        model.release(part)
+    if options.json:
+        print(json.dumps(told))
+        return
+    print(f"{told['model']}, {threads} threads, medians of {options.turns} turns")
+    for name, _ in stages:
+        figures = told[name]
+        print(
+            f"{name:<8} MLX {figures['mlx_seconds']:.3f} s, torch {figures['torch_seconds']:.3f} s:"
+            f" {figures['times']:.2f} x"
+        )
+
+
+if __name__ == "__main__":
+    # Both on the processor, on Macs too.
+    mx.set_default_device(mx.cpu)
+    main()
