@@ -141,6 +141,15 @@ def test_sweeping_follows_no_links(tmp_path: Path) -> None:
     assert not (tmp_path / name).is_symlink()
 
 
+def test_a_name_that_is_too_long_is_refused_and_forgotten(tmp_path: Path) -> None:
+    with (
+        pytest.raises(KhalaError, match="cannot be written: File name too long"),
+        appears_whole(tmp_path / ("x" * 250)) as temporary,
+    ):
+        temporary.write_text("")
+    discard_unfinished()
+
+
 def test_what_is_provisional_goes_unless_settled(tmp_path: Path) -> None:
     path = tmp_path / "take"
     for settled in (False, True):

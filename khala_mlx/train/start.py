@@ -60,7 +60,8 @@ def start_linear(linear: nn.Linear, x: mx.array, y: mx.array) -> None:
     # Sums in one order, whatever the threads of a BLAS are doing: runs start alike to the last bit.
     square = np.einsum("ni,nj->ij", rows, rows) + _RIDGE * len(rows) * np.eye(rows.shape[1])
     matrix = np.linalg.solve(square, np.einsum("ni,no->io", rows, wanted - mean))
-    linear.weight = mx.array(matrix.T.astype(np.float32))
+    # In the order of a weight that is loaded: another order lets a BLAS round otherwise.
+    linear.weight = mx.array(np.ascontiguousarray(matrix.T, dtype=np.float32))
     linear.bias = mx.array((mean - centre @ matrix).astype(np.float32))
 
 
