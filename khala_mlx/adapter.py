@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from khala_mlx.config import ATTENTION_LINEARS, KhalaConfig, TransformerConfig
+from khala_mlx.config import ATTENTION_LINEARS, KhalaConfig, TransformerConfig, read_object
 from khala_mlx.errors import AdapterError
 from khala_mlx.files import appears_whole
 from khala_mlx.names import listed, shown
@@ -214,15 +214,7 @@ def save_adapter(
 
 def read_config(path: Path) -> dict[str, Any]:
     """adapter_config.json, of mlx-lm or of PEFT."""
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AdapterError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is no valid JSON.") from error
-    if not isinstance(about, dict):
-        raise AdapterError(f"{path} holds no JSON object.")
-    return about
+    return read_object(path, AdapterError)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

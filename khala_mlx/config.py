@@ -18,7 +18,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Self
 
-from khala_mlx.errors import ConfigError
+from khala_mlx.errors import ConfigError, KhalaError
 
 MODEL_TYPE = "khala"
 FORMAT_VERSION = 1
@@ -325,13 +325,20 @@ class KhalaConfig(Strict):
         Raises:
             ConfigError: if it cannot be read, is no JSON object, or breaks a rule above.
         """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} is no valid JSON.") from error
-        return cls.from_dict(data, str(path))
+        return cls.from_dict(read_object(path), str(path))
+
+
+def read_object(path: Path, error: type[KhalaError] = ConfigError) -> dict[str, Any]:
+    """The JSON object in a file, or an `error` that says why there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as why:
+        raise error(f"{path} cannot be read: {why.strerror}.") from why
+    except (ValueError, RecursionError) as why:
+        raise error(f"{path} is no valid JSON.") from why
+    if not isinstance(data, dict):
+        raise error(f"{path} has to be an object.")
+    return data
 
 
 def _positive(config: Any, *names: str) -> None:

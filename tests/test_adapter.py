@@ -141,7 +141,7 @@ def test_arrays_without_a_partner_are_named() -> None:
     [
         ("adapter_config.json", None, "cannot be read"),
         ("adapter_config.json", "{", "no valid JSON"),
-        ("adapter_config.json", "[]", "no JSON object"),
+        ("adapter_config.json", "[]", "has to be an object"),
         ("adapter_config.json", '{"fine_tune_type": "full"}', "no LoRA or DoRA adapter"),
         ("adapter_config.json", '{"lora_parameters": {"rank": 8}}', "no LoRA or DoRA adapter"),
         ("adapters.safetensors", None, "is missing"),

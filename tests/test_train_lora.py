@@ -324,7 +324,7 @@ def test_a_long_song_is_to_be_cut(tiny_folder: Path, tmp_path: Path) -> None:
 def test_data_that_does_not_go_with_the_model(
     tiny_folder: Path, data: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(KhalaError, match="tokenizer.json cannot be read"):
+    with pytest.raises(KhalaError, match="holds no prepared songs"):
         plan(tiny_folder, tmp_path, settings())
     other = Path(shutil.copytree(data, tmp_path / "other"))
     tokenizer = json.loads((other / "tokenizer.json").read_text())

@@ -61,6 +61,10 @@ def read_prepared(
 def _check_tokenizer(ours: Path, theirs: Path) -> None:
     try:
         same = json.loads(ours.read_text("utf-8")) == json.loads(theirs.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise KhalaError(
+            f"{theirs.parent} holds no prepared songs; `khala train prepare` makes such a folder."
+        ) from error
     except OSError as error:
         raise KhalaError(f"{theirs} cannot be read: {error.strerror}.") from error
     except ValueError as error:

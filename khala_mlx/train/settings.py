@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -14,6 +13,7 @@ from khala_mlx.config import (
     Strict,
     SuperResConfig,
     TokenLayout,
+    read_object,
 )
 from khala_mlx.errors import ConfigError
 
@@ -58,14 +58,7 @@ class _FromFile(Strict):
         """Settings of a JSON file; what it leaves out has its default, also inside sections."""
         if path is None:
             return cls()
-        try:
-            given = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} is no valid JSON.") from error
-        if not isinstance(given, dict):
-            raise ConfigError(f"{path} has to be an object.")
+        given = read_object(path)
         merged = cls().to_dict()
         for name, value in given.items():
             section = merged.get(name)
