@@ -49,6 +49,11 @@ class Request(Strict):
         """The part of the request that the models read."""
         return Prompt(**{f.name: getattr(self, f.name) for f in fields(Prompt)})
 
+    @property
+    def detail_seed(self) -> int:
+        """The seed that superres draws with."""
+        return self.seed if self.refine_seed is None else self.refine_seed
+
     @classmethod
     def from_sidecar(cls, path: Path) -> Self:
         """The request recorded in a song.json or a sound file; see `recorded`.

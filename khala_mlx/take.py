@@ -81,6 +81,12 @@ class Take:
         """Whether only the sound is left to be made."""
         return 0 < self.num_codebooks == self.layers
 
+    def set_codes(self, codes: np.ndarray, frame_rate: float) -> None:
+        """Take codes [k, T] of T / frame_rate seconds for those made so far."""
+        self.codes = codes
+        self.metadata["frames"] = codes.shape[1]
+        self.metadata["seconds"] = round(codes.shape[1] / frame_rate, 3)
+
     def with_request(self, request: Request) -> Self:
         """A take like this one, sharing nothing with it, but of another request."""
         other = copy.deepcopy(self)
