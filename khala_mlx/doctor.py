@@ -18,6 +18,7 @@ _PACKAGES = ("khala-mlx", "mlx", "mlx-lm", "numpy", "soundfile", "soxr", "huggin
 _EXTRAS = {
     "mutagen": ("tags every player reads", "pip install 'khala-mlx[tags]'"),
     "matplotlib": ("pictures of songs and losses", "pip install 'khala-mlx[plot]'"),
+    "pyloudnorm": ("blind pairs of `khala train evaluate`", "pip install 'khala-mlx[listen]'"),
 }
 # The largest part of the released model, superres with 1.88 billion parameters, in bytes, and what
 # the work of a three-minute song takes beside it.

@@ -39,5 +39,6 @@ def test_what_is_wrong_comes_with_a_fix(monkeypatch: pytest.MonkeyPatch, tmp_pat
     fixes = "\n".join(told["fixes"])
     for part in ("libportaudio2", "KHALA_MODELS=", "iCloud", "--model demo"):
         assert part in fixes
-    assert "khala-mlx[tags]" in told["mutagen"]
+    for name, extra in {"mutagen": "tags", "matplotlib": "plot", "pyloudnorm": "listen"}.items():
+        assert f"khala-mlx[{extra}]" in told[name]
     assert "Fix: " in CliRunner().invoke(main, ["doctor"]).stdout

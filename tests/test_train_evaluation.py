@@ -3,10 +3,12 @@
 import base64
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyloudnorm
 import pytest
 import soundfile
 from click.testing import CliRunner, Result
@@ -151,11 +153,17 @@ def tone(seconds: float, level: float, frequency: float = 1000.0) -> np.ndarray:
     return np.stack([wave, wave], axis=1).astype(np.float32)
 
 
+def measured(wave: np.ndarray) -> float:
+    return float(pyloudnorm.Meter(RATE).integrated_loudness(wave.astype(np.float64)))
+
+
 def test_sounds_become_equally_loud() -> None:
     (quiet, loud), loudness = matched([tone(2, 0.01), tone(2, 0.9, 500)], RATE)
     assert loudness == -16.0
-    assert integrated(quiet, RATE) == pytest.approx(-16, abs=0.01)
-    assert integrated(loud, RATE) == pytest.approx(-16, abs=0.01)
+    for wave in (quiet, loud):
+        assert measured(wave) == pytest.approx(-16, abs=0.01)
+        # The meter of --loudness and `khala info` agrees.
+        assert integrated(wave, RATE) == pytest.approx(-16, abs=0.2)
     # A click on top would clip: both stay below it, and equally loud.
     spiky = tone(2, 0.01)
     spiky[100] = 0.9
@@ -163,12 +171,26 @@ def test_sounds_become_equally_loud() -> None:
     assert loudness is not None
     assert loudness < -16
     assert true_peak(first, RATE) == pytest.approx(-1, abs=0.01)
-    assert integrated(second, RATE) == pytest.approx(loudness, abs=0.01)
+    for wave in (first, second):
+        assert measured(wave) == pytest.approx(loudness, abs=0.01)
     for wave in (tone(0.3, 0.5), np.zeros((2 * RATE, 2), np.float32)):
         (same, other), loudness = matched([wave, tone(2, 0.5)], RATE)
         assert loudness is None
         assert np.array_equal(same, wave)
         assert np.array_equal(other, tone(2, 0.5))
+
+
+def test_without_the_meter_nothing_is_begun(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyloudnorm", None)
+    # Neither data nor adapter are there: the meter is missed before either is.
+    options = ["-m", tiny_folder, "--data", tmp_path / "none", "--adapter", tmp_path / "none"]
+    result = evaluate(*options, "--listen", tmp_path / "page")
+    assert result.exit_code == 1
+    assert "`pip install 'khala-mlx[listen]'`" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "page").exists()
 
 
 def test_the_page_keeps_its_key_to_itself(tmp_path: Path) -> None:

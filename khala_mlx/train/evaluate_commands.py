@@ -48,14 +48,14 @@ def evaluate(
     """
     from khala_mlx.convert import read_adapter
     from khala_mlx.errors import KhalaError
-    from khala_mlx.files import check_destination
     from khala_mlx.pipeline import Khala
+    from khala_mlx.train.listening import check_page
     from khala_mlx.train.prepared import read_prepared
 
     if options["listen"]:
         if not adapters:
             raise KhalaError("Pairs to listen to need an --adapter.")
-        check_destination(options["listen"])
+        check_page(options["listen"])
     khala, progress = Khala.from_pretrained(model), Progress()
     chosen = [read_adapter(path) for path in adapters]
     # Whatever does not fit is refused before any work.

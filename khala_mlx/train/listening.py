@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,7 +17,8 @@ import numpy as np
 
 from khala_mlx import loudness
 from khala_mlx.audio import CEILING_DBFS, write_audio
-from khala_mlx.files import appears_whole
+from khala_mlx.errors import KhalaError
+from khala_mlx.files import appears_whole, check_destination
 
 # What music services of the quieter kind play at; low enough that few songs reach full scale.
 LOUDNESS = -16.0
@@ -30,6 +32,22 @@ class Trial:
     prompt: Mapping[str, Any]
     base: np.ndarray
     adapted: np.ndarray
+
+
+def check_page(folder: Path) -> None:
+    """Refuse, before any song is made, a page that could not be written.
+
+    Raises:
+        KhalaError: if pyloudnorm is missing or `folder` exists.
+    """
+    check_destination(folder)
+    try:
+        import pyloudnorm  # noqa: F401
+    except ImportError as error:
+        raise KhalaError(
+            "Pairs that are equally loud need pyloudnorm, which is missing here: "
+            "`pip install 'khala-mlx[listen]'`."
+        ) from error
 
 
 def write_page(
@@ -67,11 +85,11 @@ def write_page(
 
 
 def matched(waves: Sequence[np.ndarray], sample_rate: int) -> tuple[list[np.ndarray], float | None]:
-    """Sounds [L, C] at one loudness, LOUDNESS or what keeps all of them from clipping.
+    """Sounds [L, C] at one loudness by pyloudnorm, LOUDNESS or what keeps all from clipping.
 
     Where one is silent or too short to have a loudness they stay as they are, and it is None.
     """
-    found = [loudness.integrated(wave, sample_rate) for wave in waves]
+    found = [_measured(wave, sample_rate) for wave in waves]
     gains = [LOUDNESS - each for each in found if each is not None]
     if len(gains) < len(waves):
         return list(waves), None
@@ -79,6 +97,17 @@ def matched(waves: Sequence[np.ndarray], sample_rate: int) -> tuple[list[np.ndar
     spare = min(0.0, CEILING_DBFS - max(peaks))
     scaled = [w * np.float32(10 ** ((g + spare) / 20)) for w, g in zip(waves, gains, strict=True)]
     return scaled, LOUDNESS + spare
+
+
+def _measured(wave: np.ndarray, sample_rate: int) -> float | None:
+    """LUFS of samples [L, C]; None if they are silent or shorter than a block of the meter."""
+    import pyloudnorm
+
+    meter = pyloudnorm.Meter(sample_rate)
+    if len(wave) < meter.block_size * sample_rate:
+        return None
+    found = float(meter.integrated_loudness(wave.astype(np.float64)))
+    return found if math.isfinite(found) else None
 
 
 def _sound(number: int, letter: str) -> str:
