@@ -159,12 +159,15 @@ class _Progress:
     def begin(self, number: int, name: str) -> None:
         self._number, self._name = number, name
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __call__(self, stage: str, done: int, total: int, left: tuple[float, float]) -> None:
         text = f"{self._number}/{self._total} {self._name}: {stage} {100 * done // max(total, 1)} %"
         if self._made:
             pace = (time.monotonic() - self._began) / self._made
-            left = int(pace * self._left)
-            text += f", about {left // 60}:{left % 60:02d} left"
+            seconds = int(pace * self._left)
+        else:
+            # Until one is made, the others are taken to be like the first.
+            seconds = int(left[1] + (self._left - 1) * (time.monotonic() - self._began + left[1]))
+        text += f", about {seconds // 60}:{seconds % 60:02d} left"
         self._line.draw(text)
 
     def end(self, told: dict[str, Any]) -> None:

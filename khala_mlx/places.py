@@ -6,16 +6,23 @@ import os
 from pathlib import Path
 
 
-def models_folder() -> Path:
-    """Downloaded models: KHALA_MODELS, or khala/models in the user's cache folder.
+def cache_folder() -> Path:
+    """What can be fetched or learnt again: KHALA_CACHE, or khala in the user's cache folder.
 
     On macOS too it is ~/.cache, as for Hugging Face's own downloads: the system empties
     ~/Library/Caches when the disk is full, and iCloud takes away what lies under ~/Documents.
     """
-    if given := os.environ.get("KHALA_MODELS"):
+    if given := os.environ.get("KHALA_CACHE"):
         return Path(given).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "khala" / "models"
+    return (Path(cache) if cache else Path.home() / ".cache") / "khala"
+
+
+def models_folder() -> Path:
+    """Downloaded models: KHALA_MODELS, or models in the cache folder."""
+    if given := os.environ.get("KHALA_MODELS"):
+        return Path(given).expanduser()
+    return cache_folder() / "models"
 
 
 def model_name(source: str) -> str:

@@ -12,6 +12,7 @@ from khala_mlx.errors import KhalaError
 from khala_mlx.files import check_destination, provisional
 from khala_mlx.finish import Finish
 from khala_mlx.options import FINISH, OF_THE_FILE, given, left_to_default
+from khala_mlx.outlook import Outlook
 from khala_mlx.player import Live
 from khala_mlx.request import Request, sidecar_path
 from khala_mlx.song import Song, take_path
@@ -163,15 +164,15 @@ def _heard(khala: Any, options: dict[str, Any]) -> Iterator[None]:
     live.finish()
 
 
-def _progress(options: dict[str, Any]) -> Callable[[str, int, int], None]:
+def _progress(options: dict[str, Any]) -> Callable[..., None]:
     """Shows the stages; where a song is heard, its position takes the place of the last."""
     progress = Progress()
     if not options["play"]:
         return progress
 
-    def show(stage: str, done: int, total: int) -> None:
+    def show(stage: str, done: int, total: int, left: tuple[float, float]) -> None:
         if stage != "render":
-            progress(stage, done, total)
+            progress(stage, done, total, left)
 
     return show
 
@@ -207,8 +208,15 @@ def made(
     layers: int | None = None,
     progress: Any = None,
 ) -> Song:
-    """The song of a take, which is kept in its file beside `output` while it grows."""
-    progress = progress or Progress()
+    """The song of a take, which is kept in its file beside `output` while it grows.
+
+    `progress` is called as (stage, done, total, seconds left of the stage and of the song).
+    """
+    outlook, shown = Outlook(khala, take, layers), progress or Progress()
+
+    def tell(stage: str, done: int, total: int) -> None:
+        shown(stage, done, total, outlook(stage, done, total))
+
     path = take_path(output)
     take.options = of_the_file(options, output)
 
@@ -218,7 +226,7 @@ def made(
 
     if resumed:
         keep(take)
-        return khala.make(take, progress, keep, layers)
+        return _finished(khala.make(take, tell, keep, layers), outlook)
     take.save(path)
     # Until there is something worth keeping, an error or Ctrl-C takes it away again.
     with provisional(path) as settle:
@@ -227,7 +235,12 @@ def made(
             keep(take)
             settle()
 
-        return khala.make(take, progress, keep_for_good, layers)
+        return _finished(khala.make(take, tell, keep_for_good, layers), outlook)
+
+
+def _finished(song: Song, outlook: Outlook) -> Song:
+    outlook.keep()
+    return song
 
 
 def _is_of(take: Take, sidecar: Path) -> bool:

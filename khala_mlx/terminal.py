@@ -179,7 +179,10 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
 
 
 class Progress:
-    """Shows (stage, done, total): a bar on a terminal, else plain lines, with the time left."""
+    """Shows (stage, done, total): a bar on a terminal, else plain lines, with the time left.
+
+    Where something else knows better, it says the seconds left of the stage and of all stages.
+    """
 
     # A plain log gets a line for each tenth of a stage.
     _TENTHS = 10
@@ -190,34 +193,38 @@ class Progress:
         self._began, self._first = 0.0, 0
         self._tenths = -1
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __call__(
+        self, stage: str, done: int, total: int, left: tuple[float, float] | None = None
+    ) -> None:
         if stage != self._stage:
             self._stage, self._began, self._tenths = stage, time.monotonic(), -1
             self._first = done
+        timing = self._timing(done, total, left)
         if self._bar:
-            self._draw(done, total)
+            self._draw(done, total, timing)
         elif (tenths := done * self._TENTHS // max(total, 1)) != self._tenths:
             self._tenths = tenths
             # Stages that count bytes: nobody reads nine digits.
             scale, unit = (10**6, " MB") if total >= 10**6 else (1, "")
-            timing = self._timing(done, total)
             shown = f"{stage}: {done // scale}/{total // scale}{unit}"
             click.echo(f"{shown}, {timing}" if timing else shown, err=True)
 
-    def _timing(self, done: int, total: int) -> str:
+    def _timing(self, done: int, total: int, left: tuple[float, float] | None) -> str:
         """Time taken, or an estimate of what is left."""
         elapsed = time.monotonic() - self._began
         if done >= total:
             return f"{_minutes(elapsed)} taken"
+        if left is not None:
+            stage, whole = map(_minutes, left)
+            return f"{stage} left" if left[0] == left[1] else f"{stage} left, song {whole}"
         # What was there before this process began says nothing of its pace.
         new = done - self._first
         return f"{_minutes(elapsed / new * (total - done))} left" if new > 0 else ""
 
-    def _draw(self, done: int, total: int) -> None:
+    def _draw(self, done: int, total: int, timing: str) -> None:
         width = 24
         filled = width * done // max(total, 1)
         bar = "█" * filled + "░" * (width - filled)
-        timing = self._timing(done, total)
         # A pseudo-terminal without a size says 0.
         columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
         line = f"{self._stage:<8} {bar} {100 * done // max(total, 1):3d} %  {timing:<12}"

@@ -5,6 +5,7 @@ import os
 import sys
 import tarfile
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +37,14 @@ def _preload_fast_blas() -> None:
 
 
 _preload_fast_blas()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the tests learn of this machine's pace is not for its users."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KHALA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

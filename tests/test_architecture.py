@@ -21,7 +21,7 @@ RANKS = [
     {"planning", "preview", "floor", "batch"},
     {"bench"},
     {"song", "stages", "beginning"},
-    {"intake", "info", "verify"},
+    {"intake", "info", "outlook", "verify"},
     {"pipeline"},
     {"terminal", "models", "doctor", "goldens"},
     {"song_files"},
