@@ -160,8 +160,10 @@ def bench_render(codec: Codec, setting: Setting, sizes: Sizes, chunk: int) -> di
     """Sound in blocks of `chunk` frames."""
     config = codec.config
     before = mx.get_active_memory()
-    turns = Turns(render_floor(codec, frames_of_a_block(codec, chunk)))
-    codes = np.zeros((config.num_codebooks, chunk * (sizes.turns + 1)), dtype=np.int64)
+    total = chunk * (sizes.turns + 1)
+    # A song shorter than a block with its neighbours goes through the decoder whole.
+    turns = Turns(render_floor(codec, min(total, frames_of_a_block(codec, chunk))))
+    codes = np.zeros((config.num_codebooks, total), dtype=np.int64)
     codec.decode(codes, chunk_frames=chunk, on_progress=turns)
     flops = counts.render_flops(config, chunk)
     weights = counts.codec_bytes(config)

@@ -1,10 +1,12 @@
 """The scripts of benchmarks/ run and measure what they say, at sizes that say nothing of speed."""
 
+import importlib.util
 import json
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,3 +53,72 @@ def test_against_torch() -> None:
     for stage in ("compose", "refine", "render"):
         figures = told[stage]
         assert figures["times"] == figures["torch_seconds"] / figures["mlx_seconds"]
+
+
+@pytest.fixture
+def floor() -> Any:
+    spec = importlib.util.spec_from_file_location("floor_gate", FOLDER / "floor.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def report_of(*ratios: float) -> dict[str, Any]:
+    stages = zip(("compose", "refine", "render"), ratios, strict=True)
+    return {stage: {"floor_ratio": ratio} for stage, ratio in stages}
+
+
+@pytest.mark.parametrize(
+    ("reports", "failing", "attempts"),
+    [
+        ([(1.24, 0.9, 1.2)], [], 1),
+        # Each attempt has an outlier of its own.
+        ([(3, 1, 1), (1, 3, 1), (3, 3, 1)], [], 2),
+        # A regression stays, whatever the others do.
+        ([(1.3, 3, 1), (1.27, 1, 3), (1.9, 1, 1)], ["compose.floor_ratio"], 3),
+    ],
+)
+def test_the_gate(
+    floor: Any, tmp_path: Path, reports: list[Any], failing: list[str], attempts: int
+) -> None:
+    path, made = tmp_path / "figures.json", iter([(1.0, 1.0, 1.0), *reports])
+    path.write_text(json.dumps({"arguments": ["--turns", "1"]}))
+    asked = []
+
+    def bench(arguments: list[str]) -> dict[str, Any]:
+        asked.append(arguments)
+        return report_of(*next(made))
+
+    floor.bench = bench
+    floor.write(path, 1)
+    assert floor.worse(path) == failing
+    assert asked == [["--turns", "1"]] * (1 + attempts)
+    # Ratios of another device say nothing here, and nothing is measured.
+    floor.device = lambda: "another"
+    assert floor.worse(path) == []
+
+
+def test_the_gate_runs(tmp_path: Path) -> None:
+    """Figures that cannot be met, but for refine's."""
+    path = tmp_path / "figures.json"
+    sizes = "--random 1 128 --cached 8 --rows 16 --chunk-frames 1 --turns 1"
+    committed = json.loads((FOLDER / "floor.json").read_text())
+    figures = report_of(0.01, 1000, 0.01) | {"device": committed["device"]}
+    path.write_text(json.dumps(figures | {"arguments": sizes.split()}))
+    command = [sys.executable, str(FOLDER / "floor.py"), "--figures", str(path), "--attempts", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "not compared" in result.stdout:
+        pytest.skip("the committed figures are of another device")
+    assert result.returncode == 1
+    assert "attempt 1" in result.stdout
+    assert result.stderr.endswith("floor: compose.floor_ratio, render.floor_ratio.\n")
+
+
+def test_compiled() -> None:
+    printed = run("compiled.py", "--cached", "4", "--tokens", "2", "--rows", "8", "--turns", "1")
+    for stage in ("compose", "refine"):
+        assert any(line.startswith(stage) for line in printed.splitlines())
+    # A piece for each side of attention, traced once.
+    assert printed.count("2 traces a layer") == 2
