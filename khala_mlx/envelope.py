@@ -23,7 +23,7 @@ _FLOAT32 = 4
 _WHOLE = (4.2, 2.25, 7.5, 4.6)
 _CHUNKED = {"compose": (2.1, 0.0, 4.2, 2.0), "refine": (2.1, 0.0, 6.2, 2.0)}
 # The feed-forward part alone, which comes after the chunks.
-_INNER = (3.5, 3.5)
+_INNER = (10.4, 2.0)
 # Sums of embeddings [frames, hidden] in float32: the old, the new, what is added.
 _SUMS = 2.5
 # Arrays of a tile, and of the largest whole signal, at work in the codec's decoder: in one tile,

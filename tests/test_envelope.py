@@ -9,6 +9,7 @@ import pytest
 
 from khala_mlx import envelope
 from khala_mlx.backbone import Backbone
+from khala_mlx.bench import random_config
 from khala_mlx.codec import Codec
 from khala_mlx.config import (
     BackboneConfig,
@@ -33,11 +34,14 @@ HERE = Setting("float32", on_cpu=mx.default_device() == mx.cpu)
 PROMPT = 40
 
 
-def sized(hidden: int, inner: int, heads: int, decoder: int) -> KhalaConfig:
+def sized(
+    hidden: int, inner: int, heads: int, decoder: int, *, head_dim: int = 64, layers: int = 3
+) -> KhalaConfig:
     body = {
-        "num_layers": 3,
+        "num_layers": layers,
         "hidden_size": hidden,
         "intermediate_size": inner,
+        "head_dim": head_dim,
         "num_heads": heads,
         "num_kv_heads": max(1, heads // 4),
     }
@@ -55,12 +59,13 @@ def sized(hidden: int, inner: int, heads: int, decoder: int) -> KhalaConfig:
     )
 
 
-# (config, rows, frames rendered at once): scores in one piece, nearly chunked, and chunked; sound
-# within a tile, and of several.
+# (config, rows, frames rendered at once): scores in one piece, nearly chunked, chunked, and small
+# beside the feed-forward part, as at the released width; sound within a tile, and of several.
 SIZES = {
     "small": (sized(128, 384, 2, 8), 300, 16),
     "middle": (sized(256, 256, 8, 16), 1000, 64),
     "large": (sized(256, 704, 8, 24), 1600, 128),
+    "wide": (sized(16, 16384, 16, 8, head_dim=16, layers=2), 1100, 16),
 }
 
 
@@ -106,6 +111,24 @@ def test_the_forecast_is_within_a_tenth(name: str) -> None:
         forecast = envelope.weight_bytes(config, part, HERE) + working
         measured = peak(build, work)
         assert forecast / measured == pytest.approx(1, abs=0.1), (part, forecast, measured)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HERE.on_cpu, reason="the fitted counts are the CPU backend's")
+def test_a_step_at_the_released_width() -> None:
+    """4000 rows in float32: at most 1.2 GB beside the weights, and as forecast."""
+    config, rows = random_config(2, 2048), 4000
+    frames = rows - PROMPT
+    measured = peak(
+        lambda: SuperRes(config.superres, config.tokens),
+        lambda m: m.refine(
+            np.zeros(PROMPT, int), np.zeros((2, frames), int), layers=3, key=mx.random.key(0)
+        ),
+    ) - envelope.weight_bytes(config, "superres", HERE)
+    print(f"refine, {rows} rows: {measured / 1e9:.3f} GB beside the weights")
+    assert measured < 1.2e9
+    forecast = envelope.refine_bytes(config, HERE, PROMPT, frames)
+    assert forecast / measured == pytest.approx(1, abs=0.1)
 
 
 def test_writing_many_long_songs_is_their_caches() -> None:
