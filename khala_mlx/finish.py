@@ -54,12 +54,21 @@ class Finish:
 
 def fade_out(waveform: np.ndarray, sample_rate: int, seconds: float) -> np.ndarray:
     """Fade the last `seconds` of samples [L, C] to silence along half a cosine."""
-    length = min(len(waveform), round(seconds * sample_rate))
-    if not length:
-        return waveform
-    curve = 0.5 + 0.5 * np.cos(np.pi * np.arange(1, length + 1) / length)
-    faded = waveform.copy()
-    faded[-length:] *= curve[:, None].astype(waveform.dtype)
+    return fade_part(waveform, 0, len(waveform), sample_rate, seconds)
+
+
+def fade_part(
+    block: np.ndarray, start: int, samples: int, sample_rate: int, seconds: float
+) -> np.ndarray:
+    """`fade_out` of a song of so many samples, for its block [n, C] from `start` on."""
+    length = min(samples, round(seconds * sample_rate))
+    first = max(0, samples - length - start)
+    if first >= len(block):
+        return block
+    steps = np.arange(start + first, start + len(block)) - (samples - length) + 1
+    curve = 0.5 + 0.5 * np.cos(np.pi * steps / length)
+    faded = block.copy()
+    faded[first:] *= curve[:, None].astype(block.dtype)
     return faded
 
 

@@ -68,7 +68,11 @@ tag_options = together(
 output_option = click.option(
     "--output", "-o", type=FILE, help="wav, flac, ogg or mp3.  [default: song.wav]"
 )
-play_option = click.option("--play", is_flag=True, help="Play the song while it is rendered.")
+play_option = click.option(
+    "--play",
+    is_flag=True,
+    help="Play the song while it is rendered, with --fade but before --loudness.",
+)
 adapter_options = together(
     click.option(
         "--adapter",

@@ -176,8 +176,11 @@ def heard_while_made(track: Track) -> Iterator[Callable[[], bool]]:
 class Live:
     """Plays a song from the first piece that is rendered on; a failure is a warning at the end."""
 
-    def __init__(self, sample_rate: int) -> None:
-        self._rate = sample_rate
+    def __init__(
+        self, sample_rate: int, shape: Callable[[np.ndarray, int, int], np.ndarray] | None = None
+    ) -> None:
+        """`shape` makes of a block [n, C], where it starts and the song's samples what is heard."""
+        self._rate, self._shape = sample_rate, shape
         self._track: Track | None = None
         self._stack = ExitStack()
 
@@ -186,6 +189,8 @@ class Live:
         if self._track is None:
             self._track = Track(samples, block.shape[1], self._rate)
             self._stack.enter_context(heard_while_made(self._track))
+        if self._shape:
+            block = self._shape(block, self._track.ready, samples)
         self._track.add(block)
 
     def stop(self) -> None:

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from khala_mlx import audio
 from khala_mlx.errors import KhalaError
 from khala_mlx.files import check_destination, provisional
-from khala_mlx.finish import Finish
+from khala_mlx.finish import Finish, fade_part
 from khala_mlx.options import FINISH, OF_THE_FILE, given, left_to_default
 from khala_mlx.outlook import Outlook
 from khala_mlx.player import Live
@@ -153,7 +155,13 @@ def _heard(khala: Any, options: dict[str, Any]) -> Iterator[None]:
     if not options["play"]:
         yield
         return
-    live = khala.on_sound = Live(khala.config.codec.sample_rate)
+    rate, fade = khala.config.codec.sample_rate, finish_of(options).fade
+
+    def shape(block: np.ndarray, start: int, samples: int) -> np.ndarray:
+        return fade_part(block, start, samples, rate, fade)
+
+    # How loud the song is cannot be known before its end: it is heard as rendered.
+    live = khala.on_sound = Live(rate, shape)
     try:
         yield
     except BaseException:

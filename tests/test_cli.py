@@ -223,7 +223,8 @@ def test_a_song_is_heard_while_it_is_rendered(
             time.sleep(0.2)
 
     monkeypatch.setattr(player.Track, "add", note)
-    result = generate(tiny_folder, "--play", "--bit-depth", "float", "--no-normalize")
+    options = ["--bit-depth", "float", "--no-normalize", "--fade", 0.05]
+    result = generate(tiny_folder, "--play", *options)
     assert result.exit_code == 0, result.stderr
     # Several pieces, and the first was heard before the last was there.
     assert len(added) > 2

@@ -5,7 +5,7 @@ import pytest
 
 from khala_mlx import loudness
 from khala_mlx.errors import AudioError, KhalaWarning
-from khala_mlx.finish import Finish, fade_out
+from khala_mlx.finish import Finish, fade_out, fade_part
 
 RATE = 44100
 
@@ -59,6 +59,17 @@ def test_fading() -> None:
     assert wave[-1, 0] == 1
     assert fade_out(wave, RATE, 9.0)[RATE // 10, 0] < 1
     assert Finish(fade=0.5).apply(wave, RATE)[1]["fade_seconds"] == 0.5
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.2, 9.0])
+@pytest.mark.parametrize("size", [1, 999, 40_000])
+def test_fading_block_by_block(seconds: float, size: int) -> None:
+    wave = noise(0.3 if size == 1 else 1)
+    blocks = [
+        fade_part(wave[start : start + size], start, len(wave), RATE, seconds)
+        for start in range(0, len(wave), size)
+    ]
+    assert np.array_equal(np.concatenate(blocks), fade_out(wave, RATE, seconds))
 
 
 def test_nothing_asked_nothing_done() -> None:
