@@ -38,6 +38,24 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Extent:
+    """What adapters at work add to a backbone, in memory float32.
+
+    Attributes:
+        parameters: numbers in all their pairs.
+        widest: the most columns, coming in or going out, of a layer that has one.
+        dora: whether lengths of rows are set, too.
+    """
+
+    parameters: int = 0
+    widest: int = 0
+    dora: bool = False
+
+
+NO_ADAPTERS = Extent()
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A LoRA or DoRA adapter; `pairs` go by the layer's path, layers.0.self_attn.q_proj.
 
@@ -78,6 +96,16 @@ class Adapter:
     def dora(self) -> bool:
         """Whether it sets the lengths of rows, too."""
         return any(pair.m is not None for pair in self.pairs.values())
+
+    @property
+    def extent(self) -> Extent:
+        """What it adds to a backbone."""
+        pairs = self.pairs.values()
+        return Extent(
+            sum(array.size for _, _, array in self.leaves()),
+            max((max(pair.a.shape[0], pair.b.shape[1]) for pair in pairs), default=0),
+            self.dora,
+        )
 
     def about(self) -> dict[str, Any]:
         """adapter_config.json in mlx-lm's terms; `base` is this package's own."""

@@ -7,14 +7,16 @@ softmax are left out, as they are bound by memory and small.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from khala_mlx.adapter import linear_sizes
-from khala_mlx.config import CodecConfig, KhalaConfig, TransformerConfig
+from khala_mlx.config import CodecConfig, KhalaConfig, Quantization, TransformerConfig
 from khala_mlx.halo import DILATIONS, KERNEL, LATENT_KERNEL
 
 # Bytes of an element.
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FLOAT32 = 4
+_TABLES = ("embed_tokens", "lm_head")
 
 
 def packed_bytes(config: KhalaConfig, path: str, into: int, out: int, width: int) -> int:
@@ -29,11 +31,29 @@ def packed_bytes(config: KhalaConfig, path: str, into: int, out: int, width: int
     return into * out * how.bits // 8 + per_group * into * out // how.group_size
 
 
+def packable(config: KhalaConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of every matrix that can be packed, by its name in config.json."""
+    return {
+        f"{part}.{path}": size
+        for part, sizes in (("backbone", config.backbone), ("superres", config.superres))
+        for path, size in (
+            *linear_sizes(sizes).items(),
+            *((table, (sizes.hidden_size, sizes.vocab_size)) for table in _TABLES),
+        )
+    }
+
+
+def packed(config: KhalaConfig, how: Quantization) -> KhalaConfig:
+    """`config` with every matrix packed whose rows divide into groups."""
+    names = [n for n, (into, _) in packable(config).items() if into % how.group_size == 0]
+    return replace(config, quantization=dict.fromkeys(names, how))
+
+
 def transformer_bytes(config: KhalaConfig, part: str, width: int) -> int:
     """Bytes of all parameters of "backbone" or "superres"."""
     sizes = config.backbone if part == "backbone" else config.superres
     total = _body_bytes(config, part, sizes, width)
-    for table in ("embed_tokens", "lm_head"):
+    for table in _TABLES:
         total += packed_bytes(config, f"{part}.{table}", sizes.hidden_size, sizes.vocab_size, width)
     return total
 

@@ -9,9 +9,13 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from khala_mlx.places import models_folder
+
+if TYPE_CHECKING:
+    from khala_mlx.machine import Machine
+    from khala_mlx.planning import Plan
 
 _PACKAGES = ("khala-mlx", "mlx", "mlx-lm", "numpy", "soundfile", "soxr", "huggingface-hub")
 # What is missing without them, and what brings them.
@@ -20,10 +24,9 @@ _EXTRAS = {
     "matplotlib": ("pictures of songs and losses", "pip install 'khala-mlx[plot]'"),
     "pyloudnorm": ("blind pairs of `khala train evaluate`", "pip install 'khala-mlx[listen]'"),
 }
-# The largest part of the released model, superres with 1.88 billion parameters, in bytes, and what
-# the work of a three-minute song takes beside it.
-_LARGEST = {"16 bit": 3.8e9, "8 bit": 2.0e9, "4 bit": 1.1e9}
-_WORK = 2.0e9
+# What is asked of the released model: a song of three minutes behind lyrics of some length.
+_MINUTES, _PROMPT = 3, 400
+_PACKINGS = (8, 6, 4)
 _LITTLE_DISK = 30e9
 
 
@@ -56,7 +59,7 @@ def _version(name: str, fixes: list[str]) -> str:
 def _device(fixes: list[str]) -> dict[str, Any]:
     import mlx.core as mx
 
-    from khala_mlx.machine import chip_name, usable_memory
+    from khala_mlx.machine import this_machine
 
     device = str(mx.default_device())
     if sys.platform == "darwin" and not mx.metal.is_available():
@@ -64,15 +67,38 @@ def _device(fixes: list[str]) -> dict[str, Any]:
             "MLX has no Metal here: use an arm64 Python 3.11 or newer on macOS 14 or newer "
             "(`python3 -c 'import platform; print(platform.machine())'` has to say arm64)"
         )
-    memory = usable_memory()
-    fitting = [name for name, size in _LARGEST.items() if size + _WORK <= memory]
+    machine = this_machine()
+    plans = _plans(machine)
+    fitting = [name for name, plan in plans.items() if plan.problem is None]
     if not fitting:
         fixes.append("the released weights do not fit: the model in the box (--model demo) does")
     return {
-        "chip": chip_name(),
+        "chip": machine.name,
         "device": device,
-        "memory_for_mlx": f"{memory / 1e9:.1f} GB",
+        "memory_for_mlx": f"{machine.memory / 1e9:.1f} GB",
         "released_weights_fit_in": ", ".join(fitting) or "none",
+        "released_weights_need": ", ".join(
+            f"{plan.peak / 1e9:.1f} GB in {name}" for name, plan in plans.items()
+        ),
+    }
+
+
+def _plans(machine: Machine) -> dict[str, Plan]:
+    """How a song of the released model would be made here, by packing."""
+    from khala_mlx import counts
+    from khala_mlx.config import KhalaConfig, Quantization
+    from khala_mlx.envelope import Setting
+    from khala_mlx.planning import Job, make_plan
+
+    released = KhalaConfig()
+    packings = {"16 bit": released}
+    for bits in _PACKINGS:
+        packings[f"{bits} bit"] = counts.packed(released, Quantization(bits, 64))
+    setting = Setting("float32" if machine.on_cpu else released.dtype, machine.on_cpu)
+    job = Job(_PROMPT, _PROMPT, round(_MINUTES * 60 * released.codec.frame_rate))
+    return {
+        name: make_plan(config, setting, machine, job, keep_loaded=False)
+        for name, config in packings.items()
     }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from khala_mlx import counts
+from khala_mlx.adapter import NO_ADAPTERS, Extent
 from khala_mlx.config import CodecConfig, KhalaConfig, TransformerConfig
 from khala_mlx.halo import UNITS_HALO, decoder_halo
 from khala_mlx.ops import TILE
@@ -24,6 +25,8 @@ _WHOLE = (4.2, 2.25, 7.5, 4.6)
 _CHUNKED = {"compose": (2.1, 0.0, 4.2, 2.0), "refine": (2.1, 0.0, 6.2, 2.0)}
 # The feed-forward part alone, which comes after the chunks.
 _INNER = (10.4, 2.0)
+# Arrays of [rows, widest] in it that LoRA makes besides, and DoRA besides that.
+_ADAPTED, _LENGTHENED = 2.0, 2.0
 # Sums of embeddings [frames, hidden] in float32: the old, the new, what is added.
 _SUMS = 2.5
 # Arrays of a tile, and of the largest whole signal, at work in the codec's decoder: in one tile,
@@ -39,11 +42,13 @@ class Setting:
         dtype: of activations and plain weights.
         on_cpu: whether on MLX's CPU backend.
         kv_bits: packing of the key-value cache, or None.
+        adapters: what is on the backbone.
     """
 
     dtype: str
     on_cpu: bool
     kv_bits: int | None = None
+    adapters: Extent = NO_ADAPTERS
 
     @property
     def width(self) -> int:
@@ -58,13 +63,17 @@ def weight_bytes(config: KhalaConfig, part: str, setting: Setting) -> int:
     plain = replace(config, quantization={})
     if setting.on_cpu and counts.transformer_bytes(plain, part, _FLOAT32) <= CPU_UNPACKED_BYTES:
         config = plain
-    return counts.transformer_bytes(config, part, setting.width)
+    added = _FLOAT32 * setting.adapters.parameters if part == "backbone" else 0
+    return counts.transformer_bytes(config, part, setting.width) + added
 
 
 def compose_bytes(
     config: KhalaConfig, setting: Setting, prompt: int, max_tokens: int, songs: int = 1
 ) -> int:
-    """The most that composing needs beside the weights: reading the prompt, or writing."""
+    """The most that composing needs beside the weights: reading the prompt, or writing.
+
+    The codes of a beginning that the song goes on from are read like the prompt, and count in it.
+    """
     sizes, width = config.backbone, setting.width
     read = counts.cache_bytes(sizes, prompt, width, None)
     reading = read + _pass_bytes(sizes, prompt, setting, "compose")
@@ -72,6 +81,14 @@ def compose_bytes(
     # Keys or values of a layer are copied when a song of several ends.
     copied = (songs - 1) * written // (2 * sizes.num_layers)
     return _head_bytes(config, setting) + max(reading, songs * written + copied)
+
+
+def judge_bytes(config: KhalaConfig, setting: Setting, tokens: int) -> int:
+    """The most that judging a song of `tokens` tokens, prompt included, needs beside the weights.
+
+    It is one pass without a cache; see Backbone.surprise.
+    """
+    return _head_bytes(config, setting) + _pass_bytes(config.backbone, tokens, setting, "compose")
 
 
 def refine_bytes(config: KhalaConfig, setting: Setting, prompt: int, frames: int) -> int:
@@ -104,6 +121,13 @@ def _head_bytes(config: KhalaConfig, setting: Setting) -> int:
     return layers * rows * config.backbone.hidden_size * setting.width
 
 
+def _adapting_bytes(setting: Setting, rows: int) -> int:
+    """Arrays of adapters at work in the widest layer they are on, in float32 whatever comes in."""
+    extent = setting.adapters
+    arrays = _ADAPTED + (_LENGTHENED if extent.dora else 0) + (setting.width < _FLOAT32)
+    return int(arrays * _FLOAT32 * rows * extent.widest)
+
+
 def _pass_bytes(sizes: TransformerConfig, rows: int, setting: Setting, stage: str) -> int:
     """The most that is at work in a layer of a pass over so many rows."""
     arrays = (
@@ -114,10 +138,12 @@ def _pass_bytes(sizes: TransformerConfig, rows: int, setting: Setting, stage: st
     )
     scores = _FLOAT32 * sizes.num_heads * rows * rows if setting.on_cpu else 0
     unit = rows * setting.width
+    # Only the backbone has any.
+    adapting = _adapting_bytes(setting, rows) if stage == "compose" else 0
     if scores <= CPU_SCORE_BYTES:
-        return scores + int(unit * _times(_WHOLE, arrays))
+        return scores + int(unit * _times(_WHOLE, arrays)) + adapting // 2
     chunked = CPU_SCORE_BYTES + int(unit * _times(_CHUNKED[stage], arrays))
-    return max(chunked, int(unit * _times(_INNER, arrays[:2])))
+    return max(chunked, int(unit * _times(_INNER, arrays[:2])) + adapting)
 
 
 def _times(factors: tuple[float, ...], arrays: tuple[int, ...]) -> float:

@@ -235,7 +235,8 @@ def _show_plan(khala: Any, options: dict[str, Any], base: Any) -> None:
         request = _longer_request(khala, options, base or asked, seconds)
     else:
         request = _request(options, base)
-    plan = khala.plan(request, options["candidates"] or 1, begun)
+    candidates = options["candidates"]
+    plan = khala.plan(request, candidates or 1, begun, judged=candidates is not None)
     report(plan if options["as_json"] else _plan_lines(plan), options["as_json"])
 
 

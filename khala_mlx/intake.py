@@ -27,11 +27,17 @@ from khala_mlx.take import Take, check_same_song, no_codes
 class Intake(Stages):
     """What a model folder makes of requests, and of takes that were begun."""
 
-    def plan(self, request: Request, songs: int = 1, begun: int = 0) -> dict[str, Any]:
+    def plan(
+        self, request: Request, songs: int = 1, begun: int = 0, *, judged: bool = False
+    ) -> dict[str, Any]:
         """What `fulfil` would do with a request: prompts, lengths, memory and least time.
 
-        Loads nothing. `songs` asks about so many seeds at once, `begun` about a beginning of so
-        many frames that is taken over.
+        Loads nothing. The adapters of `load_adapters` count.
+
+        Args:
+            songs: how many seeds at once.
+            begun: frames of a beginning that is taken over.
+            judged: whether the backbone reads each song once more to judge it.
 
         Raises:
             KhalaError: if the request cannot be served; a prompt that is too long is only told.
@@ -41,6 +47,7 @@ class Intake(Stages):
         lengths = told["backbone_prompt_tokens"], told["superres_prompt_tokens"]
         most, least = self._budget(request, lengths, begun)
         rate = self.config.codec.frame_rate
+        job = Job(*lengths, most, songs, request.kv_bits, begun, judged)
         return {
             **told,
             **too_much_to_sing(request, most / rate, told.get("does_not_fit", [])),
@@ -49,7 +56,7 @@ class Intake(Stages):
             "max_frames": most,
             "max_tokens": most * self.config.tokens.num_coarse,
             "seed": request.seed,
-            "memory": self.envelope(Job(*lengths, most, songs, request.kv_bits)).told(),
+            "memory": self.envelope(job).told(),
         }
 
     def begin(self, request: Request, kept: np.ndarray | None = None) -> Take:

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from khala_mlx.adapter import Adapter, Pair
+from khala_mlx.adapter import Adapter, Extent, Pair
 from khala_mlx.cache import file_limit_kept
 from khala_mlx.config import KhalaConfig
 from khala_mlx.errors import AdapterError
@@ -65,6 +65,16 @@ class Adapters:
         if self._model is not None:
             take_off(self._model, self._replaced)
         self._model, self._replaced = None, []
+
+    @property
+    def extent(self) -> Extent:
+        """What they add to the backbone together; those of strength 0 are left off it."""
+        each = [adapter.extent for adapter, strength in self.chosen if strength]
+        return Extent(
+            sum(extent.parameters for extent in each),
+            max((extent.widest for extent in each), default=0),
+            any(extent.dora for extent in each),
+        )
 
     def told(self) -> list[dict[str, Any]]:
         """What a song's sidecar says of them."""
@@ -117,9 +127,12 @@ def put_on(model: Transformer, adapters: Sequence[tuple[Adapter, float]]) -> Lay
                 shares[path].append((pair, adapter.scale, strength))
     layers = dict(model.named_modules())
     replaced = [(path, layers[path]) for path in shares]
-    adapted = [(path, _adapted(layer, shares[path])) for path, layer in replaced]
-    # All of it is made now: a mistake must not surface, nor memory be taken, within a song.
-    mx.eval([layer.parameters() for _, layer in adapted])
+    adapted = []
+    for path, layer in replaced:
+        adapted.append((path, _adapted(layer, shares[path])))
+        # Made now: a mistake must not surface, nor memory be taken, within a song. And each by
+        # itself: DoRA needs its layer's matrix in float32 for a while, unpacked.
+        mx.eval(adapted[-1][1].parameters())
     _replace(model, adapted)
     return replaced
 

@@ -158,10 +158,12 @@ class Khala(Intake):
     ) -> None:
         """Compose those of some takes that have no codes yet; see `make_many`.
 
+        Each may be judged by `surprise` when `on_take` is called with it.
+
         Raises:
             KhalaError: if that needs more memory than there is.
         """
-        plan = self._plan_of(takes)
+        plan = self._plan_of(takes, judged=True)
         plan.check()
         with self._following(plan):
             self._compose_takes(takes, plan, on_progress, on_take or (lambda _: None))
@@ -239,13 +241,14 @@ class Khala(Intake):
                     warnings.warn("The song is silent.", KhalaWarning, stacklevel=2)
                 yield Song(waveform, self.config.codec.sample_rate, take.codes, take.metadata, take)
 
-    def _plan_of(self, takes: Sequence[Take]) -> Plan:
+    def _plan_of(self, takes: Sequence[Take], *, judged: bool = False) -> Plan:
         """How these takes are made to fit."""
         frames = max(take.codes.shape[1] if take.layers else take.budget[0] for take in takes)
         backbone, superres = (max(len(take.prompts[part]) for take in takes) for part in range(2))
         new = sum(not take.layers for take in takes)
-        packed = takes[0].request.kv_bits
-        return self.envelope(Job(backbone, superres, frames, max(1, new), packed))
+        packed, begun = takes[0].request.kv_bits, min(take.kept.shape[1] for take in takes)
+        job = Job(backbone, superres, frames, max(1, new), packed, begun, judged)
+        return self.envelope(job)
 
     def _refine_take(
         self, take: Take, last: int, report: Callable[[int, int], None], keep: OnTake

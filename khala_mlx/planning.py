@@ -23,14 +23,32 @@ _LEAST_CACHE, _MOST_CACHE = 1 << 30, 4 << 30
 
 @dataclass(frozen=True)
 class Job:
-    """The sizes of what is asked for: prompts in tokens, the longest song in frames, how many, and
-    the packing of the key-value cache."""
+    """The sizes of what is asked for.
+
+    Attributes:
+        backbone_prompt, superres_prompt: tokens of the prompts.
+        frames: of the longest song.
+        songs: how many.
+        kv_bits: packing of the key-value cache.
+        begun: frames of each song that are taken over from another one.
+        judged: whether the backbone reads each song once more, to tell how likely it is.
+    """
 
     backbone_prompt: int
     superres_prompt: int
     frames: int
     songs: int = 1
     kv_bits: int | None = None
+    begun: int = 0
+    judged: bool = False
+
+    def read_tokens(self, config: KhalaConfig) -> int:
+        """Tokens that the backbone reads before it writes."""
+        return self.backbone_prompt + self.begun * config.tokens.num_coarse
+
+    def written_tokens(self, config: KhalaConfig) -> int:
+        """Tokens that the backbone writes for a song."""
+        return (self.frames - self.begun) * config.tokens.num_coarse
 
 
 @dataclass(frozen=True)
@@ -164,9 +182,12 @@ def _plan(
 ) -> Plan:
     (songs, chunk), memory = at_once, machine.memory
     seconds = _seconds(config, setting, machine, job, songs)
-    tokens = job.frames * config.tokens.num_coarse
+    read, written = job.read_tokens(config), job.written_tokens(config)
+    composing = envelope.compose_bytes(config, setting, read, written, songs)
+    if job.judged:
+        composing = max(composing, envelope.judge_bytes(config, setting, read + written))
     working = (
-        envelope.compose_bytes(config, setting, job.backbone_prompt, tokens, songs),
+        composing,
         envelope.refine_bytes(config, setting, job.superres_prompt, job.frames),
         envelope.render_bytes(config.codec, chunk, on_cpu=setting.on_cpu),
     )
@@ -190,18 +211,20 @@ def _seconds(
     config: KhalaConfig, setting: Setting, machine: Machine, job: Job, at_once: int
 ) -> tuple[float, float, float]:
     """What the stages take at best: at the machine's full rates, nothing lost."""
-    tokens, layers = job.frames * config.tokens.num_coarse, config.tokens.num_coarse
+    prompt, tokens = job.read_tokens(config), job.written_tokens(config)
+    adapters = setting.adapters.parameters
     batches = -(-job.songs // at_once)
     # The cache grows evenly, so the middle stands for all.
-    cached = job.backbone_prompt + tokens // 2
-    read = counts.compose_bytes(
+    cached = prompt + tokens // 2
+    read = 4 * adapters + counts.compose_bytes(
         config, cached, setting.width, songs=at_once, kv_bits=setting.kv_bits
     )
-    token = max(
-        read / machine.bandwidth, at_once * counts.compose_flops(config, cached) / machine.flops
-    )
-    prompt = counts.prompt_flops(config, job.backbone_prompt) / machine.flops
-    steps = config.tokens.num_codebooks - layers
+    multiplied = 2 * adapters + counts.compose_flops(config, cached)
+    token = max(read / machine.bandwidth, at_once * multiplied / machine.flops)
+    reading = counts.prompt_flops(config, prompt) + 2 * adapters * prompt
+    judging = job.songs * job.judged * counts.prompt_flops(config, prompt + tokens)
+    steps = config.tokens.num_codebooks - config.tokens.num_coarse
     step = counts.refine_flops(config, job.superres_prompt, job.frames) / machine.flops
     render = counts.render_flops(config.codec, job.frames) / machine.flops
-    return batches * (prompt + tokens * token), job.songs * steps * step, job.songs * render
+    composing = batches * (reading / machine.flops + tokens * token) + judging / machine.flops
+    return composing, job.songs * steps * step, job.songs * render

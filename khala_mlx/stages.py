@@ -307,7 +307,7 @@ class Stages:
         # Another machine may compute in what this one's CPU backend is slow at.
         elsewhere = mx.default_device() == mx.cpu and not machine.on_cpu
         dtype = self.config.dtype if elsewhere else self.dtype
-        setting = Setting(dtype, machine.on_cpu, job.kv_bits)
+        setting = Setting(dtype, machine.on_cpu, job.kv_bits, self._adapters.extent)
         return make_plan(self.config, setting, machine, job, keep_loaded=self.keep_loaded)
 
     def _check_codes(self, codes: np.ndarray, draft: bool) -> None:

@@ -6,8 +6,10 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from tiny_songs import random_adapter
 
 from khala_mlx import envelope
+from khala_mlx.adapter import Adapter
 from khala_mlx.backbone import Backbone
 from khala_mlx.bench import random_config
 from khala_mlx.codec import Codec
@@ -20,6 +22,7 @@ from khala_mlx.config import (
     TokenLayout,
 )
 from khala_mlx.envelope import Setting
+from khala_mlx.lora import Adapters, put_on
 from khala_mlx.superres import SuperRes
 
 LAYOUT = TokenLayout(
@@ -128,6 +131,54 @@ def test_a_step_at_the_released_width() -> None:
     print(f"refine, {rows} rows: {measured / 1e9:.3f} GB beside the weights")
     assert measured < 1.2e9
     forecast = envelope.refine_bytes(config, HERE, PROMPT, frames)
+    assert forecast / measured == pytest.approx(1, abs=0.1)
+
+
+def on_backbone(config: KhalaConfig, adapters: list[Adapter]) -> Callable[[], Backbone]:
+    def build() -> Backbone:
+        model = Backbone(config.backbone, config.tokens)
+        put_on(model, [(adapter, 1.0) for adapter in adapters])
+        return model
+
+    return build
+
+
+@pytest.mark.skipif(not HERE.on_cpu, reason="the fitted counts are the CPU backend's")
+@pytest.mark.parametrize("name", list(SIZES))
+@pytest.mark.parametrize("kinds", [[False], [False, True]], ids=["lora", "lora and dora"])
+def test_adapters_are_counted(name: str, kinds: list[bool]) -> None:
+    config, rows, _ = SIZES[name]
+    adapters = [
+        random_adapter(config, seed=seed, rank=24, dora=dora) for seed, dora in enumerate(kinds)
+    ]
+    chosen = Adapters()
+    chosen.choose(config, [*adapters, adapters[0]], [*[1.0] * len(kinds), 0.0])
+    setting = replace(HERE, adapters=chosen.extent)
+    forecast = envelope.weight_bytes(config, "backbone", setting)
+    base = envelope.weight_bytes(config, "backbone", HERE)
+    assert forecast - base == 4 * sum(adapter.extent.parameters for adapter in adapters)
+    forecast += envelope.compose_bytes(config, setting, rows, 20)
+    measured = peak(
+        on_backbone(config, adapters),
+        lambda m: m.generate(np.zeros(rows, int), key=mx.random.key(0), max_tokens=20),
+    )
+    assert forecast / measured == pytest.approx(1, abs=0.1)
+    # The superres has none.
+    assert envelope.weight_bytes(config, "superres", setting) == envelope.weight_bytes(
+        config, "superres", HERE
+    )
+
+
+@pytest.mark.skipif(not HERE.on_cpu, reason="the fitted counts are the CPU backend's")
+@pytest.mark.parametrize("name", list(SIZES))
+def test_judging_a_song_is_counted(name: str) -> None:
+    config, rows, _ = SIZES[name]
+    measured = peak(
+        lambda: Backbone(config.backbone, config.tokens),
+        lambda m: m.surprise(np.zeros(PROMPT, int), np.zeros((2, (rows - PROMPT) // 2), int)),
+    )
+    forecast = envelope.weight_bytes(config, "backbone", HERE)
+    forecast += envelope.judge_bytes(config, HERE, rows)
     assert forecast / measured == pytest.approx(1, abs=0.1)
 
 

@@ -4,8 +4,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from tiny_songs import random_adapter
 
 from khala_mlx import Khala, KhalaError, planning
+from khala_mlx.adapter import Extent
 from khala_mlx.config import KhalaConfig
 from khala_mlx.envelope import Setting
 from khala_mlx.machine import Machine, mac_with
@@ -21,6 +23,33 @@ GIB = 2**30
 def plan(gigabytes: float, job: Job = TWO_MINUTES, keep_loaded: bool = True) -> Plan:
     mac = mac_with(int(gigabytes * GIB))
     return make_plan(CONFIG, METAL, mac, job, keep_loaded=keep_loaded)
+
+
+def test_a_beginning_is_read_not_written() -> None:
+    whole, behind = plan(16), plan(16, replace(TWO_MINUTES, begun=2000))
+    compose, after = whole.stages[0], behind.stages[0]
+    # Its keys and values are there all the same; reading 4200 tokens needs more than 200.
+    assert after.peak > compose.peak
+    assert after.seconds < 0.5 * compose.seconds
+    assert behind.stages[1:] == whole.stages[1:]
+
+
+def test_judging_takes_memory_and_time() -> None:
+    plain, judged = plan(16), plan(16, replace(TWO_MINUTES, judged=True))
+    assert judged.stages[0].working > plain.stages[0].working
+    assert judged.stages[0].seconds > plain.stages[0].seconds
+
+
+def test_adapters_are_read_with_the_weights() -> None:
+    rank_16 = Extent(parameters=13_959_168, widest=5632)
+    mac = mac_with(16 * GIB)
+    setting = replace(METAL, adapters=rank_16)
+    adapted = make_plan(CONFIG, setting, mac, TWO_MINUTES, keep_loaded=False).stages
+    plain = plan(16, keep_loaded=False).stages
+    assert adapted[0].weights - plain[0].weights == 4 * rank_16.parameters
+    more = TWO_MINUTES.frames * 2 * 4 * rank_16.parameters / mac.bandwidth
+    assert adapted[0].seconds - plain[0].seconds == pytest.approx(more, rel=0.01)
+    assert adapted[1:] == plain[1:]
 
 
 def test_large_macs_keep_everything_loaded() -> None:
@@ -112,6 +141,24 @@ def test_little_memory_makes_the_same_songs(tiny_folder: Path) -> None:
     for song, wanted in zip(songs, expected, strict=True):
         assert np.array_equal(song.codes, wanted.codes)
         assert np.abs(song.waveform - wanted.waveform).max() < 1e-5
+
+
+def test_what_is_done_is_what_was_planned(tiny_folder: Path) -> None:
+    """A beginning and adapters are in the plan of the dry run and in that of the work."""
+    khala = Khala.from_pretrained(tiny_folder)
+    request = Request(tags="pop", seconds=0.2)
+    plain = khala.plan(request)["memory"]["stages"]["compose"]
+    adapter = random_adapter(khala.config)
+    khala.load_adapters([adapter], [0.5])
+    kept = np.zeros((2, 40), dtype=np.int64)
+    told = khala.plan(request, begun=40)["memory"]
+    assert told["stages"]["compose"]["weights_bytes"] - plain["weights_bytes"] == (
+        4 * adapter.extent.parameters
+    )
+    assert khala._plan_of(khala.begin_many(request, [1], kept)).told() == told
+    judged = khala.plan(request, 3, judged=True)["memory"]
+    assert khala._plan_of(khala.begin_many(request, [1, 2, 3]), judged=True).told() == judged
+    assert khala._parts == {}
 
 
 def test_limits_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
