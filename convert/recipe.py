@@ -21,39 +21,58 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How matrices are packed; None leaves them as they are. The codec is never packed."""
+    """How matrices are packed; None leaves them as they are. The codec is never packed.
+
+    With `layers`, by their names in config.json, those are packed and nothing else.
+    """
 
     default: Quantization | None = None
     parts: Mapping[str, Quantization | None] = field(default_factory=dict)
+    layers: Mapping[str, Quantization] = field(default_factory=dict)
 
     def how(self, part: str, name: str, shape: tuple[int, ...]) -> Quantization | None:
         """How the tensor `name` of `part` is packed: a matrix whose rows divide into groups."""
-        kind = _KINDS.get(name.split(".")[0], "body")
-        chosen = self.parts.get(kind, self.default)
-        if part == "superres":
-            chosen = self.parts.get("superres", chosen)
+        chosen = self._chosen(part, name)
         if chosen is None or len(shape) != 2 or shape[1] % chosen.group_size:
             return None
         return chosen
 
+    def _chosen(self, part: str, name: str) -> Quantization | None:
+        if self.layers:
+            return self.layers.get(f"{part}.{name.removesuffix('.weight')}")
+        kind = _KINDS.get(name.split(".")[0], "body")
+        chosen = self.parts.get(kind, self.default)
+        return self.parts.get("superres", chosen) if part == "superres" else chosen
+
     def __bool__(self) -> bool:
-        return any(how is not None for how in (self.default, *self.parts.values()))
+        return any(how is not None for how in self._asked)
 
     @property
     def group_sizes(self) -> list[int]:
         """Every group size that is asked for, rising."""
-        asked = (self.default, *self.parts.values())
-        return sorted({how.group_size for how in asked if how is not None})
+        return sorted({how.group_size for how in self._asked if how is not None})
+
+    @property
+    def _asked(self) -> tuple[Quantization | None, ...]:
+        return self.default, *self.parts.values(), *self.layers.values()
 
 
 def recipe(
-    quantize: str | int | None, group_size: int, parts: Mapping[str, str | int] | None
+    quantize: str | int | None,
+    group_size: int,
+    parts: Mapping[str, str | int] | None,
+    layers: Mapping[str, Quantization] | None = None,
 ) -> Recipe:
     """A recipe from what a user says.
 
     Raises:
-        ConvertError: for a packing, a part or a group size there is none of.
+        ConvertError: for a packing, a part or a group size there is none of, or for `layers`
+            beside anything else.
     """
+    if layers:
+        if quantize is not None or parts:
+            raise ConvertError("Either every layer is packed by its name or by a rule, not both.")
+        return Recipe(layers=dict(layers))
     if group_size not in GROUP_SIZES:
         raise ConvertError(
             f"group_size has to be one of {', '.join(map(str, GROUP_SIZES))}, got "

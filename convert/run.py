@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from khala_mlx.config import DTYPES, KhalaConfig
+from khala_mlx.config import DTYPES, KhalaConfig, Quantization
 from khala_mlx.convert import model_folder, trained
 from khala_mlx.convert.card import card
 from khala_mlx.convert.outputs import Packing, packed_layers
@@ -38,6 +38,7 @@ def convert(
     codec_dtype: str = "float32",
     quantize: str | int | None = None,
     quantize_parts: Mapping[str, str | int] | None = None,
+    quantize_layers: Mapping[str, Quantization] | None = None,
     group_size: int = 64,
     tokenizer: str | Path | None = None,
     fc1_bias: str | None = None,
@@ -54,6 +55,8 @@ def convert(
         quantize: how the language models' matrices are packed, "4", "6" or "8" bits, "mxfp4" or
             "mxfp8", or None.
         quantize_parts: other choices, or "none", for "embedding", "head", "body" and "superres".
+        quantize_layers: how each is packed, instead: by name, as config.json has it. Layers that
+            are not named stay as they are.
         group_size: weights that share a scale (32, 64 or 128).
         tokenizer: a tokenizer.json, a folder or repository with one; by default the one beside
             the source, or else Llama 3.1's from the Hub.
@@ -67,7 +70,7 @@ def convert(
         KhalaError: in one sentence; nothing is left at `destination`.
     """
     _check_options(dtype, codec_dtype, fc1_bias)
-    packed_as = recipe(quantize, group_size, quantize_parts)
+    packed_as = recipe(quantize, group_size, quantize_parts, quantize_layers)
 
     def work(folder: Path) -> dict[str, Any]:
         with _naming_the_source():
@@ -171,6 +174,8 @@ def _fc1_scale(opened: Opened, wanted: str) -> float:
 
 def _config(opened: Opened, packing: Packing, fc1_bias: str) -> KhalaConfig:
     layers = packed_layers(opened.backbone, packing) | packed_layers(opened.superres, packing)
+    if unknown := sorted(set(packing.recipe.layers) - set(layers)):
+        raise ConvertError(f"There are no such layers that can be packed so: {listed(unknown)}.")
     if packing.recipe and not layers:
         size = listed(packing.recipe.group_sizes)
         raise ConvertError(

@@ -69,8 +69,13 @@ for each in (generate, refine, render, play, batch, models, train, bench, doctor
 )
 @click.option(
     "--quantize",
-    type=click.Choice(["4", "6", "8", "mxfp4", "mxfp8"]),
-    help="Pack the language models to so many bits.",
+    type=click.Choice(["4", "6", "8", "mxfp4", "mxfp8", "mixed"]),
+    help="Pack the language models to so many bits; mixed gives each matrix its own, by measuring.",
+)
+@click.option(
+    "--bits",
+    type=click.FloatRange(3, 8, min_open=True),
+    help="Bits of a weight on average, with --quantize mixed.  [default: 4]",
 )
 @click.option(
     "--quantize-part",
@@ -101,6 +106,7 @@ def convert(
     dtype: str,
     codec_dtype: str,
     quantize: str | None,
+    bits: float | None,
     quantize_parts: tuple[str, ...],
     group_size: str,
     tokenizer: str | None,
@@ -110,11 +116,19 @@ def convert(
     """Turn checkpoints into a model folder.
 
     SOURCE is a folder in upstream's or the PyTorch-MPS port's layout, a converted model folder (to
-    change dtype or packing), or a Hub repository.
+    change dtype or packing), or a Hub repository. For --quantize mixed it is a converted model
+    folder that is not packed: the model is run to measure what each matrix can bear.
     """
     from khala_mlx.convert import convert as run
 
+    if quantize != "mixed" and bits is not None:
+        raise click.UsageError("--bits is for --quantize mixed.")
+    if quantize == "mixed" and quantize_parts:
+        raise click.UsageError("--quantize mixed chooses for every part: leave --quantize-part.")
     click.echo(LICENCE_NOTE, err=True)
+    layers = None
+    if quantize == "mixed":
+        quantize, layers = None, _measured(source, destination, bits or 4, int(group_size), dtype)
     told = run(
         source,
         destination,
@@ -122,6 +136,7 @@ def convert(
         codec_dtype=codec_dtype,
         quantize=quantize,
         quantize_parts=_parts(quantize_parts),
+        quantize_layers=layers,
         group_size=int(group_size),
         tokenizer=tokenizer,
         fc1_bias=fc1_bias,
@@ -205,6 +220,18 @@ def info(path: Path, plot: Path | None, as_json: bool) -> None:
     report(told, as_json)
 
 
+def _measured(source: str, destination: Path, bits: float, group_size: int, dtype: str) -> Any:
+    """The mixed packing of a model folder; refused at once where nothing could be written."""
+    from khala_mlx.files import check_destination
+    from khala_mlx.pipeline import Khala
+    from khala_mlx.sensitivity import mixed
+
+    check_destination(destination)
+    khala = Khala.from_pretrained(source, keep_loaded=False)
+    progress = _stage("measure")
+    return mixed(khala, bits, group_size=group_size, dtype=dtype, on_progress=progress)
+
+
 def _parts(asked: tuple[str, ...]) -> dict[str, str]:
     """ "head=8" and the like as a mapping."""
     pairs = [each.partition("=") for each in asked]
@@ -223,7 +250,7 @@ def _summary(told: dict[str, Any]) -> dict[str, Any]:
         "folder": told["destination"],
         "size": f"{told['bytes'] / 1e9:.2f} GB",
         "layout": told["layout"],
-        "dtype": told["dtype"] if not packed else f"{told['dtype']}, {packed['bits']} bit",
+        "dtype": told["dtype"] if not packed else f"{told['dtype']}, {_packing(packed)}",
         "fc1_bias": told["fc1_bias"],
     }
     for name, part in told["parts"].items():
@@ -232,6 +259,11 @@ def _summary(told: dict[str, Any]) -> dict[str, Any]:
         if unused:
             lines[f"unused in {name}"] = len(unused)
     return lines
+
+
+def _packing(packed: dict[str, Any]) -> str:
+    several = f", mostly, of {packed['mixed']} packings" if "mixed" in packed else ""
+    return f"{packed['bits']} bit{several}"
 
 
 def _stage(name: str) -> Any:

@@ -6,7 +6,7 @@ Every step sees the whole song. Works on codes and token ids; knows nothing of s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
 
@@ -47,6 +47,19 @@ class SuperRes(Transformer):
         for column in range(1, columns.shape[2]):
             summed = summed + self.embed(columns[..., column])
         return like_input(self.body(summed.astype(self.dtype), causal=False), ids)
+
+    def logits(self, ids: np.ndarray, codes: np.ndarray, layers: Container[int]) -> list[mx.array]:
+        """Logits [T, codebook_size] of some layers of codes [K, T], behind a prompt [P].
+
+        Each sees the codes of the layers before it. There are no windows.
+        """
+        prompt = self.embed(self.checked_ids(np.asarray(ids)[None], 2, "[1, P]"))
+        audio, found = mx.zeros((1, codes.shape[1], self.config.hidden_size)), []
+        for layer, row in enumerate(codes):
+            if layer in layers:
+                found.append(self._step(prompt, audio, layer))
+            audio = audio + self._embed_codes(layer, mx.array(row.astype(np.int32)))
+        return found
 
     def refine(
         self,

@@ -21,7 +21,7 @@ RANKS = [
     {"planning", "preview", "floor", "batch"},
     {"bench"},
     {"song", "stages", "beginning"},
-    {"intake", "info", "outlook", "verify"},
+    {"intake", "info", "outlook", "verify", "sensitivity"},
     {"pipeline"},
     {"terminal", "models", "doctor", "goldens"},
     {"song_files"},
