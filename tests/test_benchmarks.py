@@ -5,10 +5,14 @@ import json
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_model import write_tiny_model
+
+from khala_mlx.config import KhalaConfig
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -44,6 +48,41 @@ def test_laws_are_found() -> None:
     assert law["factors"][2] == pytest.approx(0.01)
     # A falling line has no factors above zero; the rest is told.
     assert fitted([1, 2], [2.0, 1.0], (0, 1))["worst"] > 0.2
+
+
+def test_memory(tmp_path: Path) -> None:
+    config = KhalaConfig.tiny()
+    body = {"hidden_size": 64, "intermediate_size": 128}
+    full = write_tiny_model(
+        tmp_path / "full",
+        replace(
+            config,
+            backbone=replace(config.backbone, **body),
+            superres=replace(config.superres, **body),
+        ),
+    )
+    arguments = [str(full), "--packings", "plain", "4", "--frames", "8", "--out", str(tmp_path)]
+    command = [sys.executable, str(FOLDER / "memory.py"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "| mxfp4 | 0." in result.stdout
+    told = json.loads((tmp_path / "memory.json").read_text())
+    plain, four = told["measured"]["plain"], told["measured"]["4"]
+    for stage in ("compose", "refine"):
+        assert four[stage]["file_bytes"] < 0.5 * plain[stage]["file_bytes"]
+        # Packed weights stay packed, or both would be alike.
+        assert four[stage]["peak_bytes"] < plain[stage]["peak_bytes"]
+        assert four[stage]["forecast_bytes"] < plain[stage]["forecast_bytes"]
+    assert four["render"]["file_bytes"] == plain["render"]["file_bytes"]
+    released = told["released"]
+    assert released["4"]["refine"]["weights_bytes"] == pytest.approx(1.1e9, rel=0.05)
+
+
+def test_refining_together() -> None:
+    rows = ["--rows", "4", "9", "--turns", "1", "--songs", "2", "--json"]
+    told = json.loads(run("refine_together.py", *rows))
+    assert [each["rows"] for each in told] == [4, 9]
+    assert all(each["gain"] == each["in_turn"] / each["together"] for each in told)
 
 
 def test_against_torch() -> None:
