@@ -88,7 +88,7 @@ def measured(config: KhalaConfig, settings: LoraTraining, tokens: int, tmp: Any)
     [
         (256, 512, {}),
         pytest.param(512, 512, {"rank": 64}, marks=pytest.mark.slow),
-        (256, 1024, {}),
+        (128, 1024, {}),
         (384, 512, {"modules": ("q_proj", "v_proj"), "layers": 2}),
         (256, 512, {"whole_vocabulary": True, "dropout": 0.1, "accumulate": 2}),
         (256, 512, {"dora": True, "patience": 1}),
