@@ -99,6 +99,15 @@ def refine_bytes(config: KhalaConfig, setting: Setting, prompt: int, frames: int
     return sums + _pass_bytes(sizes, prompt + frames, setting, "refine")
 
 
+def expected_bytes(config: KhalaConfig, frames: int) -> int:
+    """What choosing codes by expectation needs beside refining: codebooks, logits and latents."""
+    sizes = config.codec
+    codebooks = sizes.num_codebooks * sizes.codebook_size * sizes.latent_dim
+    # Probabilities and distances; means, what is owed before and after, and chosen rows.
+    rows = frames * (2 * sizes.codebook_size + 4 * sizes.latent_dim)
+    return _FLOAT32 * (codebooks + rows)
+
+
 def render_bytes(config: CodecConfig, chunk_frames: int, *, on_cpu: bool) -> int:
     """The most that rendering needs beside the weights and the sound."""
     widest = config.decoder_dim * 2 ** (len(config.decoder_rates) - 1)

@@ -62,6 +62,11 @@ _WITH_RESUME |= {"draft", "memory", *OF_THE_FILE}
 @click.option("--top-k", type=int, default=50, show_default=True, help="1 is greedy.")
 @click.option("--refine-top-k", type=int, default=10, show_default=True)
 @click.option(
+    "--refine-expected",
+    is_flag=True,
+    help="Choose the detail by expectation instead of drawing it.",
+)
+@click.option(
     "--text-mode", type=TEXT_MODES, default="same_as_backbone_no_description", show_default=True
 )
 @click.option(

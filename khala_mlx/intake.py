@@ -47,7 +47,7 @@ class Intake(Stages):
         lengths = told["backbone_prompt_tokens"], told["superres_prompt_tokens"]
         most, least = self._budget(request, lengths, begun)
         rate = self.config.codec.frame_rate
-        job = Job(*lengths, most, songs, request.kv_bits, begun, judged)
+        job = Job(*lengths, most, songs, request.kv_bits, begun, judged, request.refine_expected)
         return {
             **told,
             **too_much_to_sing(request, most / rate, told.get("does_not_fit", [])),

@@ -49,6 +49,7 @@ class Khala(Intake):
         reachable_only: bool = True,
         refine_seed: int | None = None,
         kv_bits: int | None = None,
+        refine_expected: bool = False,
         on_progress: Progress | None = None,
         on_take: OnTake | None = None,
     ) -> Song:
@@ -61,6 +62,8 @@ class Khala(Intake):
             seed: the same seed gives the same song on the same backend; drawn when None.
             refine_seed: the seed of the detail, by default `seed` too.
             kv_bits: 8 or 4 packs the key-value cache of a long song; it is another song then.
+            refine_expected: choose the detail by expectation (expected.py) instead of drawing it;
+                seeds do not change it then.
             on_progress: called as (stage, done, total), stage "compose", "refine" or "render".
             on_take: called with each state worth keeping: `Take.save` keeps it, `adopt` and
                 `make` go on with it.
@@ -87,6 +90,7 @@ class Khala(Intake):
             reachable_only=reachable_only,
             refine_seed=refine_seed,
             kv_bits=kv_bits,
+            refine_expected=refine_expected,
         )
         return self.fulfil(request, on_progress, on_take)
 
@@ -247,7 +251,8 @@ class Khala(Intake):
         backbone, superres = (max(len(take.prompts[part]) for take in takes) for part in range(2))
         new = sum(not take.layers for take in takes)
         packed, begun = takes[0].request.kv_bits, min(take.kept.shape[1] for take in takes)
-        job = Job(backbone, superres, frames, max(1, new), packed, begun, judged)
+        expected = any(take.request.refine_expected for take in takes)
+        job = Job(backbone, superres, frames, max(1, new), packed, begun, judged, expected)
         return self.envelope(job)
 
     def _refine_take(
@@ -255,6 +260,11 @@ class Khala(Intake):
     ) -> None:
         """Refine a take up to layer `last`, and keep it every so often."""
         request, coarse = take.request, self.config.tokens.num_coarse
+        expected = None
+        if request.refine_expected and take.layers < last:
+            # A take does not hold what its layers leave over: they are made again, all the same.
+            take.codes = take.codes[:coarse]
+            expected = self.expecting(take.codes.shape[1])
         begun = take.layers
         while take.layers < last:
             before, layers = take.layers - begun, min(last, take.layers + KEEP_EVERY)
@@ -266,6 +276,7 @@ class Khala(Intake):
                 seed=request.detail_seed,
                 layers=layers,
                 kept=take.kept,
+                expected=expected,
                 on_progress=_of_more(report, before, layers - take.layers, last - begun),
             )
             keep(take)

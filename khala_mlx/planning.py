@@ -32,6 +32,7 @@ class Job:
         kv_bits: packing of the key-value cache.
         begun: frames of each song that are taken over from another one.
         judged: whether the backbone reads each song once more, to tell how likely it is.
+        expected: whether the detail is chosen by expectation, which takes the codec's codebooks.
     """
 
     backbone_prompt: int
@@ -41,6 +42,7 @@ class Job:
     kv_bits: int | None = None
     begun: int = 0
     judged: bool = False
+    expected: bool = False
 
     def read_tokens(self, config: KhalaConfig) -> int:
         """Tokens that the backbone reads before it writes."""
@@ -186,9 +188,12 @@ def _plan(
     composing = envelope.compose_bytes(config, setting, read, written, songs)
     if job.judged:
         composing = max(composing, envelope.judge_bytes(config, setting, read + written))
+    refining = envelope.refine_bytes(config, setting, job.superres_prompt, job.frames)
+    if job.expected:
+        refining += envelope.expected_bytes(config, job.frames)
     working = (
         composing,
-        envelope.refine_bytes(config, setting, job.superres_prompt, job.frames),
+        refining,
         envelope.render_bytes(config.codec, chunk, on_cpu=setting.on_cpu),
     )
     names = (("compose", "backbone"), ("refine", "superres"), ("render", "codec"))

@@ -19,7 +19,8 @@ class Request(Strict):
     """Everything one asks for when asking for a song; with the model, it determines the song.
 
     `refine_seed` makes the detail alone anew; by default `seed` serves both. `kv_bits`, 8 or 4,
-    packs the backbone's key-value cache, which changes the song.
+    packs the backbone's key-value cache, which changes the song. `refine_expected` chooses the
+    detail by expectation (expected.py) instead of drawing it.
     """
 
     tags: str = ""
@@ -40,6 +41,7 @@ class Request(Strict):
     reachable_only: bool = True
     refine_seed: int | None = None
     kv_bits: int | None = None
+    refine_expected: bool = False
 
     def __post_init__(self) -> None:
         self.check_types("The request")

@@ -23,6 +23,7 @@ from khala_mlx.codec import Codec
 from khala_mlx.config import DTYPES, KhalaConfig
 from khala_mlx.envelope import Setting
 from khala_mlx.errors import KhalaError
+from khala_mlx.expected import Expected
 from khala_mlx.lengths import backbone_room, warn_window
 from khala_mlx.lora import Adapters
 from khala_mlx.machine import Machine, this_machine
@@ -31,7 +32,7 @@ from khala_mlx.prompt import Prompt, prompt_ids
 from khala_mlx.sampling import stage_key
 from khala_mlx.superres import SuperRes
 from khala_mlx.tokenizer import Tokenizer
-from khala_mlx.weights import find_model, load_part, part_files, working_dtype
+from khala_mlx.weights import find_model, load_part, part_files, read_tensors, working_dtype
 
 Loaded = TypeVar("Loaded", Backbone, SuperRes, Codec)
 
@@ -242,12 +243,13 @@ class Stages:
         refined: np.ndarray | None = None,
         layers: int | None = None,
         kept: np.ndarray | None = None,
+        expected: Expected | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
         """All codes, int [K, T], from the superres prompt `ids` and coarse codes [2, T].
 
-        It can go on behind `refined` layers, stop at `layers`, and leave `kept` codes as they are:
-        see SuperRes.refine.
+        It can go on behind `refined` layers, stop at `layers`, leave `kept` codes as they are, and
+        choose codes by expectation (`expecting`) instead of drawing: see SuperRes.refine.
         """
         key = stage_key(seed, 1)
         # Before the model is loaded.
@@ -260,8 +262,19 @@ class Stages:
             refined=refined,
             layers=layers,
             kept=kept,
+            expected=expected,
             on_progress=on_progress,
         )
+
+    def expecting(self, frames: int) -> Expected:
+        """What chooses the codes of a song of so many frames by expectation; for `refine`."""
+        codec = self._parts.get("codec")
+        if codec is not None:
+            codebooks = codec.quantizer.codebooks
+        else:
+            # Of the codec's file nothing else is read.
+            codebooks = read_tensors(part_files(self.folder, "codec"))["quantizer.codebooks"]
+        return Expected(codebooks, frames, self.config.tokens.num_coarse)
 
     def render(
         self,

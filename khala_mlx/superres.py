@@ -16,6 +16,7 @@ import numpy as np
 from khala_mlx import tokens
 from khala_mlx.config import SuperResConfig, TokenLayout
 from khala_mlx.errors import KhalaError, KhalaWarning
+from khala_mlx.expected import Expected
 from khala_mlx.sampling import check_sampling, exponential, sample_by_race, usable
 from khala_mlx.transformer import Transformer, like_input, projector
 
@@ -72,6 +73,7 @@ class SuperRes(Transformer):
         layers: int | None = None,
         kept: np.ndarray | None = None,
         draws: Draws | None = None,
+        expected: Expected | None = None,
         on_progress: Progress | None = None,
     ) -> np.ndarray:
         """Fill layers num_coarse..K-1 of `coarse` [num_coarse, T] -> codes [K, T].
@@ -91,9 +93,11 @@ class SuperRes(Transformer):
                 them. Layers it lacks are filled as elsewhere.
             draws: draws(layer) replaces the Exponential(1) draws [T, top_k] of a layer (parity
                 tests inject upstream's).
+            expected: chooses the codes instead; neither `top_k` nor `key` matters then.
 
         Raises:
-            KhalaError: for codes or ids out of range, or a prompt that leaves no room.
+            KhalaError: for codes or ids out of range, a prompt that leaves no room, or an
+                `expected` that has got to another layer.
         """
         check_sampling(top_k)
         begun = tokens.check_begun(self.layout, coarse, refined)
@@ -101,12 +105,18 @@ class SuperRes(Transformer):
         kept = self._check_kept(kept, begun)
         frames, top_k = begun.shape[1], min(top_k, self.layout.codebook_size)
         windows = self._windows(len(ids), frames)
+        if expected is not None and expected.layer != len(begun):
+            raise KhalaError(
+                f"The expected codes go on with layer {expected.layer}, not with {len(begun)}."
+            )
         if len(windows) > 1 and len(begun) == self.layout.num_coarse:
             _warn_windows(frames, windows)
         prompt = self.embed(self.checked_ids(np.asarray(ids)[None], 2, "[1, P]"))
         keys = mx.random.split(key, self.layout.num_codebooks)
 
-        def pick(logits: mx.array, layer: int, first: int) -> mx.array:
+        def pick(logits: mx.array, layer: int, known: int, first: int) -> mx.array:
+            if expected is not None:
+                return expected.choose(logits, layer, first, known)
             if top_k == 1:
                 return mx.argmax(logits, axis=-1)
             drawn = exponential(keys[layer], (frames, top_k)) if draws is None else draws(layer)
@@ -134,6 +144,8 @@ class SuperRes(Transformer):
                 partial(pick, first=first),
                 partial(report, before=number * steps),
             )
+        if expected is not None:
+            expected.layer = layers
         return codes
 
     def next_logits(self, ids: np.ndarray, codes: np.ndarray) -> mx.array:
@@ -150,13 +162,13 @@ class SuperRes(Transformer):
         codes: np.ndarray,
         begun: int,
         fixed: np.ndarray,
-        pick: Callable[[mx.array, int], mx.array],
+        pick: Callable[[mx.array, int, int], mx.array],
         report: Callable[[int], None],
     ) -> np.ndarray:
         """Codes [k, T] whose first `begun` layers are known, all of them -> the same, all known.
 
-        prompt [1, P, H]; of layer i the first fixed[i] frames are known too; `pick` draws codes
-        [T] of a layer from logits [T, codebook_size].
+        prompt [1, P, H]; of layer i the first fixed[i] frames are known too; `pick` gives codes
+        [T] from logits [T, codebook_size], the layer, and how many frames of it are known.
         """
         known = [mx.array(layer.astype(np.int32)) for layer in codes]
         # Columns are only ever added, so the sum over them is kept instead of made again.
@@ -166,8 +178,8 @@ class SuperRes(Transformer):
         for layer in range(begun, len(codes)):
             logits = self._step(prompt, audio, layer)
             fine = usable(logits).all()
-            chosen = pick(logits, layer).astype(mx.int32)
             stay = int(fixed[layer])
+            chosen = pick(logits, layer, stay).astype(mx.int32)
             known[layer] = mx.concatenate([known[layer][:stay], chosen[stay:]])
             audio = audio + self._embed_codes(layer, known[layer])
             mx.eval(audio, known[layer], fine)

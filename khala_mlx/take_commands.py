@@ -42,8 +42,19 @@ def _options_of_takes(work: Any) -> Any:
 @_options_of_takes
 @click.option("--seed", type=int, help="The seed of the detail.  [default: drawn]")
 @click.option("--refine-top-k", type=int, help="[default: as in the take]")
+@click.option(
+    "--refine-expected/--refine-drawn",
+    default=None,
+    help="Choose the detail by expectation, or draw it.  [default: as in the take]",
+)
 @command
-def refine(path: Path, seed: int | None, refine_top_k: int | None, **options: Any) -> None:
+def refine(
+    path: Path,
+    seed: int | None,
+    refine_top_k: int | None,
+    refine_expected: bool | None,
+    **options: Any,
+) -> None:
     """Keep what TAKE's backbone composed and make the detail anew, as a song of its own."""
     from khala_mlx.audio import check_output
     from khala_mlx.errors import KhalaError
@@ -60,9 +71,9 @@ def refine(path: Path, seed: int | None, refine_top_k: int | None, **options: An
         raise KhalaError(f"{path} holds no codes yet: go on with `khala generate --resume {path}`.")
     khala = open_model(options, take)
     seed = secrets.randbelow(2**32) if seed is None else seed
-    request = dataclasses.replace(
-        take.request, refine_seed=seed, refine_top_k=refine_top_k or take.request.refine_top_k
-    )
+    asked: dict[str, Any] = {"refine_top_k": refine_top_k, "refine_expected": refine_expected}
+    changes = {name: value for name, value in asked.items() if value is not None}
+    request = dataclasses.replace(take.request, refine_seed=seed, **changes)
     write_song(khala, khala.redo(take, request), output, options)
 
 

@@ -15,6 +15,7 @@ RANKS = [
     {"halo", "adapter", "attention"},
     {"tokens", "sampling", "ops", "audio", "cleaning", "cache", "clock", "candidates", "words"},
     {"transformer", "quantizer", "tokenizer"},
+    {"expected"},
     {"backbone", "superres", "codec", "prompt", "weights", "finish", "picture", "lora"},
     {"request", "machine", "counts"},
     {"take", "lengths", "envelope"},

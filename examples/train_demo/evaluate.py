@@ -149,7 +149,8 @@ def curve(model: str, judge: Path, runs: tuple[Path, ...], count: int) -> None:
 @click.argument("model")
 @click.option("--clips", default=20, show_default=True)
 @click.option("--top-k", default=10, show_default=True)
-def superres(model: str, clips: int, top_k: int) -> None:
+@click.option("--expected", is_flag=True, help="Choose codes by expectation instead.")
+def superres(model: str, clips: int, top_k: int, expected: bool) -> None:
     """Log-spectral distance to the truth by refined layers, coarse codes given."""
     khala = Khala.from_pretrained(model)
     names = [f"{kind}_above_{floor}_db" for kind in ("refined", "true") for floor in FLOORS]
@@ -157,14 +158,15 @@ def superres(model: str, clips: int, top_k: int) -> None:
     for seed, each in enumerate(held_out(clips)):
         codes = khala.codec.encode(each.waveform)
         _, ids = khala.prompt_ids(tags=each.tags, lyrics=each.lyrics)
-        ours = khala.refine(ids, codes[:2], top_k=top_k, seed=seed)
+        chooser = khala.expecting(codes.shape[1]) if expected else None
+        ours = khala.refine(ids, codes[:2], top_k=top_k, seed=seed, expected=chooser)
         for layers in DOUBLINGS[1:]:
             for kind, source in (("refined", ours), ("true", codes)):
                 wave = khala.codec.decode(source[:layers])
                 for floor in FLOORS:
                     distance = log_spectral_distance(wave, each.waveform, floor)
                     tables[f"{kind}_above_{floor}_db"][layers] += distance / clips
-    _print({"clips": clips, "top_k": top_k, **tables})
+    _print({"clips": clips, "top_k": None if expected else top_k, **tables})
 
 
 @main.command()
