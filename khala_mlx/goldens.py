@@ -122,12 +122,9 @@ def _backbone_nats(khala: Khala, ids: np.ndarray, codes: np.ndarray) -> np.ndarr
 def _superres_nats(khala: Khala, ids: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Log probabilities [N, C] of the codes of some fine layers, given the layers before."""
     coarse, layers = khala.config.tokens.num_coarse, len(codes)
-    chosen = np.unique(np.linspace(coarse, layers - 1, _LAYERS).astype(int))
-    logits = [
-        np.array(khala.superres.next_logits(ids, codes[:layer]).astype(mx.float32))
-        for layer in chosen
-    ]
-    return _log_softmax(np.concatenate(logits))
+    chosen = np.linspace(coarse, layers - 1, _LAYERS).astype(int).tolist()
+    logits = mx.concatenate(khala.superres.logits(ids, codes, chosen))
+    return _log_softmax(np.array(logits.astype(mx.float32)))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -148,14 +148,6 @@ class SuperRes(Transformer):
             expected.layer = layers
         return codes
 
-    def next_logits(self, ids: np.ndarray, codes: np.ndarray) -> mx.array:
-        """Logits [T, codebook_size] of the layer behind `codes` [n, T] of a song in one window."""
-        prompt = self.embed(self.checked_ids(np.asarray(ids)[None], 2, "[1, P]"))
-        audio = mx.zeros((1, codes.shape[1], self.config.hidden_size))
-        for layer, row in enumerate(codes):
-            audio = audio + self._embed_codes(layer, mx.array(row.astype(np.int32)))
-        return self._step(prompt, audio, len(codes))
-
     def _refine_window(
         self,
         prompt: mx.array,
