@@ -27,7 +27,7 @@ _LAYERS = 6
 # Beyond these a stage computes something else (measured: docs/parity.md). The share of equal best
 # tokens alone would not tell: a song leads on to its next token even where a layer is missing.
 LEAST_EQUAL = 0.8
-MOST_NATS = {"backbone": 0.005, "superres": 0.01}
+MOST_NATS = {"backbone": 0.003, "superres": 0.01}
 LEAST_SNR = 40.0
 
 

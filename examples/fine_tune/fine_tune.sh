@@ -23,8 +23,8 @@ khala train prepare new new-coded --model "$model"
 khala train prepare old old-coded --model "$model"
 khala train lora --model "$model" --data new-coded --replay old-coded --replay-share 0.4 \
     --out chiptune --rank 8 --learning-rate 1e-3 --grad-accumulation 4 --steps "$steps"
-khala train evaluate --model "$model" --data new-coded --adapter chiptune --forget old-coded \
-    --listen pairs
-khala generate --model "$model" --adapter chiptune --tags "chiptune, fast, happy" \
-    --lyrics "do re mi" --seconds 6 --seed 1 --output chiptune.wav
-khala train fuse chiptune-model --model "$model" --adapter chiptune
+khala train evaluate --model "$model" --data new-coded --adapter chiptune --adapter-scale 0.6 \
+    --forget old-coded --listen pairs
+khala generate --model "$model" --adapter chiptune --adapter-scale 0.6 \
+    --tags "chiptune, fast, happy" --lyrics "do re mi" --seconds 6 --seed 1 --output chiptune.wav
+khala train fuse chiptune-model --model "$model" --adapter chiptune --adapter-scale 0.6

@@ -56,16 +56,21 @@ corpus short/train train 0 3000 --seconds 3 --whole-frames
 corpus short/valid valid 0 64 --seconds 3 --whole-frames
 corpus long/train train 10000 1200 --seconds 6 --seconds 6 --seconds 9 --seconds 12 --whole-frames
 corpus long/valid valid 10000 64 --seconds 6 --whole-frames
+corpus long_more/train train 11200 2000 --seconds 6 --seconds 6 --seconds 9 --seconds 12 --whole-frames
+corpus long_more/valid valid 20000 2 --seconds 6 --whole-frames
 [ -f tokenizer.json ] || python "$here/tokenizer.py" tokenizer.json
 
 train codec songs runs/codec codec.json
 prepare short coded_short
 prepare long coded_long
+prepare long_more coded_long_more
 join coded coded_short coded_long
+join coded_whole coded_long coded_long_more
 train backbone coded_short runs/backbone_short backbone_short.json
-train backbone coded_long runs/backbone backbone.json
+train backbone coded_whole runs/backbone backbone.json
 train superres coded runs/superres superres.json
+train superres coded runs/superres_more superres_more.json
 
 [ -d demo ] || khala train pack demo --codec runs/codec --backbone runs/backbone \
-    --superres runs/superres --tokenizer tokenizer.json \
+    --superres runs/superres_more --tokenizer tokenizer.json \
     --dtype float16 --codec-dtype float16 --quantize 6
