@@ -27,6 +27,8 @@ import numpy as np
 from khala_mlx.bench import RandomModel
 
 PROMPT = np.arange(32)
+# (model, frames, songs, turns) -> seconds
+Stage = Callable[[RandomModel, int, int, int], float]
 
 
 def timed(work: Callable[[], Any], turns: int) -> float:
@@ -122,10 +124,14 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         name = stage.__name__
         # The first call imports, packs and allocates.
         stage(model, 2, 1, 1)
-        lengths = [stage(model, round(s * rate), 1, options.turns) for s in options.seconds]
-        frames = round(options.candidate_seconds * rate)
-        songs = [stage(model, frames, n, options.turns) for n in options.candidates]
-        print(f"{name}: {lengths} {songs}", file=sys.stderr)
+
+        def run(seconds: float, songs: int, stage: Stage = stage) -> float:
+            taken = stage(model, round(seconds * rate), songs, options.turns)
+            print(f"{stage.__name__}, {seconds:g} s, {songs}: {taken:.3g} s", file=sys.stderr)
+            return taken
+
+        lengths = [run(seconds, 1) for seconds in options.seconds]
+        songs = [run(options.candidate_seconds, count) for count in options.candidates]
         told["stages"][name] = {
             "by_length": lengths,
             "length_law": fitted(options.seconds, lengths, (0, 1, 2)),
@@ -168,6 +174,8 @@ def draw(told: dict[str, Any], path: Path) -> None:
             factors = figures[law]["factors"].items()
             axes.loglog(fine, sum(f * fine**p for p, f in factors), color=points.get_color())
         axes.set(xlabel=label, ylabel="seconds")
+        axes.set_xticks(x, [f"{each:g}" for each in x])
+        axes.set_xticks([], minor=True)
         axes.legend()
     figure.savefig(path, dpi=120)
 
