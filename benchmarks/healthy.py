@@ -1,0 +1,80 @@
+"""How far packing and 16 bits move the figures of `khala models verify`, on healthy models.
+
+    python benchmarks/healthy.py FULL
+
+FULL is a model folder that is not packed. Of each packing the goldens are recorded in float32 and
+compared with the same weights in bfloat16, packed where they are; beside it stands how far they are
+from the goldens of FULL, which is what packing itself costs. The bounds of `models verify` have to
+lie above the former (khala_mlx/goldens.py, docs/parity.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from khala_mlx import Khala, goldens, weights
+from khala_mlx.convert import convert
+from khala_mlx.errors import KhalaWarning
+
+PACKINGS = ("8", "6", "4", "mxfp8", "mxfp4")
+FIGURES = ("backbone_equal", "backbone_nats", "superres_equal", "superres_nats")
+UNPACKED = weights.CPU_UNPACKED_BYTES
+
+
+def opened(folder: Path, dtype: str, *, packed: bool) -> Khala:
+    """A model that is packed when it computes, or not."""
+    # The CPU backend unpacks small models, a GPU does not.
+    weights.CPU_UNPACKED_BYTES = 0 if packed else UNPACKED
+    return Khala.from_pretrained(folder, dtype=dtype)
+
+
+def compared(folder: Path, dtype: str, reference: Path) -> dict[str, Any]:
+    """The weights of a folder in `dtype`, beside goldens in float32 of themselves and of FULL."""
+    path = folder / goldens.FILE
+    goldens.record(opened(folder, "float32", packed=False))
+    healthy = goldens.check(opened(folder, dtype, packed=True))
+    # Goldens of other weights are refused but for this.
+    kind = opened(folder, "float32", packed=False)
+    kind.fingerprint = Khala.from_pretrained(reference).fingerprint
+    path.write_bytes((reference / goldens.FILE).read_bytes())
+    return {"healthy": healthy, "packing": goldens.check(kind)}
+
+
+def main() -> None:
+    """Convert, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path, help="a model folder that is not packed")
+    parser.add_argument("--packings", nargs="+", default=PACKINGS)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    # Whose tokenizer it is does not matter here.
+    warnings.simplefilter("ignore", KhalaWarning)
+    told = {}
+    with tempfile.TemporaryDirectory() as work:
+        full = Path(work, "full")
+        how: dict[str, Any] = {"dtype": "float32", "tokenizer": str(options.model)}
+        convert(options.model, full, **how)
+        goldens.record(opened(full, "float32", packed=False))
+        for dtype in ("float16", "bfloat16"):
+            told[dtype] = {"healthy": goldens.check(opened(full, dtype, packed=True))}
+        for name in options.packings:
+            made = Path(work, name)
+            convert(options.model, made, quantize=name, **how)
+            told[name] = compared(made, "bfloat16", full)
+    if options.json:
+        print(json.dumps(told))
+        return
+    for kind in ("healthy", "packing"):
+        print(f"| {kind} | {' | '.join(FIGURES)} |")
+        for name, each in told.items():
+            if kind in each:
+                print(f"| {name} | {' | '.join(str(each[kind][f]) for f in FIGURES)} |")
+
+
+if __name__ == "__main__":
+    main()
