@@ -133,13 +133,12 @@ def _value(kind: Any, text: str) -> Any:
         word = text.strip().lower()
         return True if word in _TRUE else False if word in _FALSE else text
     for number in (int, float):
-        if kind is number or (number is float and "float" in str(kind)):
+        # Also those that may be None.
+        if kind is number or number.__name__ in str(kind):
             try:
                 return number(text)
             except ValueError:
                 return text
-    if "int" in str(kind):
-        return int(text) if text.strip().isdecimal() else text
     return text
 
 

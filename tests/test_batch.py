@@ -91,17 +91,20 @@ def test_the_same_command_again_makes_what_is_missing(tiny_folder: Path) -> None
 
 def test_csv(tiny_folder: Path) -> None:
     Path("songs.csv").write_text(
-        "\ufefftags,lyrics,seed,seconds,min_seconds,instrumental,output\n"
-        'pop,"la\nla",7,0.1,0.1,no,a.wav\n'
+        "\ufefftags,lyrics,seed,seconds,min_seconds,instrumental,output,refine_seed\n"
+        'pop,"la\nla",7,0.1,0.1,no,a.wav,9\n'
         "pop,,8,0.1,0.1,yes,b.wav\n"
         "pop,,x,0.1,0.1,perhaps,c.wav\n"
-        "pop,,1,1,1,yes,d.wav,more\n",
+        "pop,,1,1,1,yes,d.wav,,more\n"
+        # More digits than Python makes a number of.
+        f"pop,,1,1,1,yes,e.wav,{'9' * 5000}\n",
         encoding="utf-8",
     )
     told = json.loads(batch(tiny_folder, "songs.csv", "--json").stdout)
-    assert [e["state"] for e in told["songs"]] == ["made", "made", "failed", "failed"]
+    assert [e["state"] for e in told["songs"]] == ["made", "made", *["failed"] * 3]
     request = json.loads(Path("a.json").read_text())["request"]
     assert (request["lyrics"], request["seed"], request["instrumental"]) == ("la\nla", 7, False)
+    assert request["refine_seed"] == 9
 
 
 @pytest.mark.parametrize(
