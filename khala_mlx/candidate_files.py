@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from khala_mlx.candidates import Measures, clipping, ranked, repetition, silence
+from khala_mlx.clock import Progress as OnProgress
 from khala_mlx.files import check_destination, provisional
+from khala_mlx.outlook import Outlook
 from khala_mlx.pipeline import OnTake
 from khala_mlx.song import Song, check_free, take_path
 from khala_mlx.song_files import draft_path, of_the_file, save_song, write_sound
@@ -36,7 +38,13 @@ def check_candidates(output: Path, options: dict[str, Any]) -> None:
 def write_candidates(khala: Any, take: Take, output: Path, options: dict[str, Any]) -> None:
     """Compose --candidates of a fresh take, draft and rank them, and finish the --best of them."""
     paths = candidate_paths(output, options["candidates"])
-    takes, progress = _takes(take, len(paths), of_the_file(options, output)), Progress()
+    takes = _takes(take, len(paths), of_the_file(options, output))
+    outlook = Outlook(khala, takes, options["draft"], best=options["best"])
+    shown = Progress("all")
+
+    def progress(stage: str, done: int, total: int) -> None:
+        shown(stage, done, total, outlook(stage, done, total))
+
     measures = _drafted(khala, takes, paths, options, progress)
     made = [number for number, each in enumerate(measures) if each is not None]
     order = [made[place] for place in ranked([m for m in measures if m is not None])]
@@ -44,6 +52,7 @@ def write_candidates(khala: Any, take: Take, output: Path, options: dict[str, An
     songs = khala.make_many([takes[number] for number in best], progress, _keeper(takes, paths))
     for number, song in zip(best, songs, strict=True):
         save_song(song, paths[number], options)
+    outlook.keep()
     rows = [
         _row(number, takes[number], measures[number], paths[number], options) for number in order
     ]
@@ -77,7 +86,7 @@ def _keeper(takes: list[Take], paths: list[Path]) -> OnTake:
 
 
 def _drafted(
-    khala: Any, takes: list[Take], paths: list[Path], options: dict[str, Any], progress: Progress
+    khala: Any, takes: list[Take], paths: list[Path], options: dict[str, Any], progress: OnProgress
 ) -> list[Measures | None]:
     """Compose, draft and measure each take; None for those that the model broke off."""
     keep, surprise = _keeper(takes, paths), dict[Take, float]()

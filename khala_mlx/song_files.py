@@ -220,7 +220,7 @@ def made(
 
     `progress` is called as (stage, done, total, seconds left of the stage and of the song).
     """
-    outlook, shown = Outlook(khala, take, layers), progress or Progress()
+    outlook, shown = Outlook(khala, [take], layers), progress or Progress()
 
     def tell(stage: str, done: int, total: int) -> None:
         shown(stage, done, total, outlook(stage, done, total))

@@ -181,15 +181,16 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
 class Progress:
     """Shows (stage, done, total): a bar on a terminal, else plain lines, with the time left.
 
-    Where something else knows better, it says the seconds left of the stage and of all stages.
+    Where something else knows better, it says the seconds left of the stage and of all stages,
+    which are called `whole`.
     """
 
     # A plain log gets a line for each tenth of a stage.
     _TENTHS = 10
 
-    def __init__(self) -> None:
+    def __init__(self, whole: str = "song") -> None:
         self._bar = sys.stderr.isatty()
-        self._stage = ""
+        self._stage, self._whole = "", whole
         self._began, self._first = 0.0, 0
         self._tenths = -1
 
@@ -216,7 +217,7 @@ class Progress:
             return f"{_minutes(elapsed)} taken"
         if left is not None:
             stage, whole = map(_minutes, left)
-            return f"{stage} left" if left[0] == left[1] else f"{stage} left, song {whole}"
+            return f"{stage} left" if left[0] == left[1] else f"{stage} left, {self._whole} {whole}"
         # What was there before this process began says nothing of its pace.
         new = done - self._first
         return f"{_minutes(elapsed / new * (total - done))} left" if new > 0 else ""

@@ -50,18 +50,16 @@ def test_laws_are_found() -> None:
     assert fitted([1, 2], [2.0, 1.0], (0, 1))["worst"] > 0.2
 
 
-def test_memory(tmp_path: Path) -> None:
-    config = KhalaConfig.tiny()
-    body = {"hidden_size": 64, "intermediate_size": 128}
-    full = write_tiny_model(
-        tmp_path / "full",
-        replace(
-            config,
-            backbone=replace(config.backbone, **body),
-            superres=replace(config.superres, **body),
-        ),
-    )
-    arguments = [str(full), "--packings", "plain", "4", "--frames", "8", "--out", str(tmp_path)]
+@pytest.fixture
+def packable(tmp_path: Path) -> Path:
+    """A tiny model whose matrices are wide enough to be packed."""
+    config, body = KhalaConfig.tiny(), {"hidden_size": 64, "intermediate_size": 128}
+    parts = {name: replace(getattr(config, name), **body) for name in ("backbone", "superres")}
+    return write_tiny_model(tmp_path / "full", replace(config, **parts))
+
+
+def test_memory(packable: Path, tmp_path: Path) -> None:
+    arguments = [str(packable), "--packings", "plain", "4", "--frames", "8", "--out", str(tmp_path)]
     command = [sys.executable, str(FOLDER / "memory.py"), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -76,6 +74,37 @@ def test_memory(tmp_path: Path) -> None:
     assert four["render"]["file_bytes"] == plain["render"]["file_bytes"]
     released = told["released"]
     assert released["4"]["refine"]["weights_bytes"] == pytest.approx(1.1e9, rel=0.05)
+
+
+def test_healthy(packable: Path) -> None:
+    command = [sys.executable, str(FOLDER / "healthy.py"), str(packable), "--json"]
+    result = subprocess.run(
+        [*command, "--packings", "4"], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    told = json.loads(result.stdout)
+    assert set(told) == {"float16", "bfloat16", "4"}
+    for part in ("backbone", "superres"):
+        healthy, packing = (told["4"][kind][f"{part}_nats"] for kind in ("healthy", "packing"))
+        # What 4 bits lose is more than what 16 bits round, or one was compared with itself.
+        assert packing > healthy
+
+
+def test_time_left(tiny_folder: Path) -> None:
+    script = str(FOLDER / "time_left.py")
+    command = [sys.executable, script, "--songs", "1", "--", "-m", str(tiny_folder)]
+    command += ["--tags", "pop", "--seconds", "0.5"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "song 1: " in result.stdout
+    tell = runpy.run_path(script)
+    told = tell["rows"](
+        40.0,
+        [(2.0, "compose 9 %  0:01 left, song 1:40"), (20.0, "render 9 %  0:12 left")],
+    )
+    assert told == [(0.05, "compose", 100.5, 38.0), (0.5, "render", 12.5, 20.0)]
+    # Too early, the first counts for nothing; the second is 7.5 s off, one of them for rounding.
+    assert tell["worst"](told) == 6.5 / 20
 
 
 def test_refining_together() -> None:

@@ -18,6 +18,7 @@ import pytest
 from khala_mlx import Khala, outlook
 from khala_mlx.config import KhalaConfig
 from khala_mlx.outlook import FILE, Outlook
+from khala_mlx.planning import Job
 from khala_mlx.request import Request
 from khala_mlx.take import Take
 
@@ -36,7 +37,7 @@ def takes(owner, name, seconds):
 
 from khala_mlx import outlook, stages, terminal
 terminal.time = types.SimpleNamespace(monotonic=lambda: now)
-outlook.Outlook.__init__.__defaults__ = (None, lambda: now)
+outlook.Outlook.__init__.__kwdefaults__["clock"] = lambda: now
 from khala_mlx.backbone import Backbone
 from khala_mlx.codec import Codec
 from khala_mlx.superres import SuperRes
@@ -91,12 +92,17 @@ def on_a_terminal(*arguments: Any) -> list[tuple[float, float, str]]:
 
 
 def left_of_the_song(line: str) -> float | None:
-    found = re.search(r"song (\d+):(\d\d)", line) or re.search(r"(\d+):(\d\d) left", line)
+    found = re.search(r"(?:song|all) (\d+):(\d\d)", line) or re.search(r"(\d+):(\d\d) left", line)
     return found and int(found[1]) * 60 + int(found[2])
 
 
-def test_the_time_left_of_the_whole_song_is_right_after_a_tenth(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--candidates", 3, "--best", 2, "--draft", 4], ["--refine-expected"]],
+    ids=["a song", "candidates", "by expectation"],
+)
+def test_the_time_left_of_all_is_right_after_a_tenth(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[Any]
 ) -> None:
     """Within 25 % and the second that the display rounds away, from the second song on."""
     monkeypatch.setenv("KHALA_CACHE", str(tmp_path / "cache"))
@@ -106,10 +112,10 @@ def test_the_time_left_of_the_whole_song_is_right_after_a_tenth(
     def song(name: str, frames: int, slow: float) -> list[tuple[float, float, str]]:
         seconds = frames / rate
         asked = ["--tags", "pop", "--seconds", seconds, "--min-seconds", seconds, "--seed", 1]
-        return on_a_terminal(slow, "-m", tiny_folder, *asked, "-o", tmp_path / name)
+        return on_a_terminal(slow, "-m", tiny_folder, *asked, *options, "-o", tmp_path / name)
 
     first = song("first.wav", 80, 1)
-    assert "song" in first[2][2]
+    assert ("all " if "--candidates" in options else "song ") in first[2][2]
     assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / FILE]
     checked = set()
     # Another length, on a machine that is busier than it was.
@@ -118,7 +124,7 @@ def test_the_time_left_of_the_whole_song_is_right_after_a_tenth(
         if at >= total / 10 and left is not None:
             assert abs(left - (total - at)) <= 0.25 * (total - at) + 1, line
             checked.add(line.split()[0])
-    assert checked == {"compose", "refine"}
+    assert {"compose", "refine"} <= checked
 
 
 class Clock:
@@ -141,7 +147,7 @@ def follow(tiny: Khala, take: Take, frames: int, *, slow: float = 1.0) -> list[f
     clock, most = Clock(), take.budget[0]
     told: list[float] = []
     take = replace(take, codes=take.codes)
-    ahead = Outlook(tiny, take, clock=clock)
+    ahead = Outlook(tiny, [take], clock=clock)
 
     def report(stage: str, seconds: float, done: int, total: int) -> None:
         clock.now += slow * seconds
@@ -161,13 +167,75 @@ def follow(tiny: Khala, take: Take, frames: int, *, slow: float = 1.0) -> list[f
     return told
 
 
+def follow_candidates(tiny: Khala, take: Take) -> list[float]:
+    """Three songs of 60 frames, drafts of 4 layers, one of which is finished."""
+    clock, most, layers = Clock(), take.budget[0], take.num_codebooks
+    takes = [replace(take, codes=take.codes) for _ in range(3)]
+    first = tiny.config.tokens.num_coarse
+    told: list[float] = []
+    ahead = Outlook(tiny, takes, 4, best=1, clock=clock)
+
+    def report(stage: str, seconds: float, done: int, total: int) -> None:
+        clock.now += seconds
+        told.append(clock.now - 100 + ahead(stage, done, total)[1])
+
+    clock.now += 2
+    for done in range(1, 61):
+        report("compose", 12 / 60, done, most)
+    for each in takes:
+        each.set_codes(np.zeros((first, 60), np.int32), tiny.config.codec.frame_rate)
+    for songs, steps in ((3, 4 - first), (1, layers - 4)):
+        clock.now += 1
+        for done in range(1, songs * steps + 1):
+            report("refine", 0.5, done, songs * steps)
+        for done in range(1, songs + 1):
+            report("render", 5, done, songs)
+    ahead.keep()
+    return told
+
+
+def test_candidates_are_foretold(tiny: Khala, take: Take) -> None:
+    follow_candidates(tiny, take)
+    told = follow_candidates(tiny, take)
+    assert told == pytest.approx([told[-1]] * len(told), rel=0.05)
+
+
+def test_candidates_in_groups_are_foretold(
+    tiny: Khala, take: Take, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups, one after the other, each of which ends before it has to."""
+    follow(tiny, take, 60)
+    clock, most = Clock(), take.budget[0]
+    one = tiny.envelope(Job(len(take.prompts[0]), len(take.prompts[1]), 60)).stages[0].peak
+    monkeypatch.setattr(tiny, "machine", replace(tiny.machine, memory=one + 1))
+    takes = [replace(take, codes=take.codes) for _ in range(2)]
+    ahead, lefts = Outlook(tiny, takes, clock=clock), []
+    for group in range(2):
+        for done in range(1, 61):
+            clock.now += 10 / 60
+            lefts.append(ahead("compose", group * most + done, 2 * most)[0])
+    assert lefts == pytest.approx([20 * (1 - n / 120) for n in range(1, 121)], abs=1.1)
+
+
+def test_a_stage_that_was_never_timed_is_not_slow_for_another(tiny: Khala, take: Take) -> None:
+    """A small model composes far below the machine's rates, but need not refine so."""
+    clock = Clock()
+    ahead = Outlook(tiny, [take], clock=clock)
+    _, whole = ahead("compose", 1, 50)
+    best = whole - ahead("compose", 1, 50)[0]
+    for done in range(2, 20):
+        clock.now += 1000
+        left, whole = ahead("compose", done, 50)
+    assert whole - left == pytest.approx(1.5 * best)
+
+
 def test_a_song_like_the_last_is_foretold(tiny: Khala, take: Take) -> None:
     frames = 60
     follow(tiny, take, frames)
     # Half the length that it may have was learnt too.
     told = follow(tiny, take, frames)
     assert take.budget[0] > frames + 20
-    assert told == pytest.approx([38] * len(told), rel=0.05)
+    assert told == pytest.approx([38] * len(told), rel=0.06)
 
 
 def test_a_slower_machine_is_noticed(tiny: Khala, take: Take) -> None:
@@ -191,9 +259,9 @@ def test_a_longer_song_than_ever(tiny: Khala, take: Take) -> None:
 def test_a_damaged_file_is_no_file(tiny: Khala, take: Take, tmp_path: Path, text: str) -> None:
     path = tmp_path / "cache" / FILE
     path.parent.mkdir()
-    fresh = Outlook(tiny, take, clock=Clock())
+    fresh = Outlook(tiny, [take], clock=Clock())
     path.write_text(text.replace("KEY", fresh._key))
-    assert Outlook(tiny, take, clock=Clock())("compose", 1, 50) == fresh("compose", 1, 50)
+    assert Outlook(tiny, [take], clock=Clock())("compose", 1, 50) == fresh("compose", 1, 50)
     follow(tiny, take, 40)
     assert set(json.loads(path.read_text())[fresh._key]) == {
         "compose",
