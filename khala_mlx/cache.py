@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from khala_mlx.errors import KhalaError
+from khala_mlx.names import shown
 
 # What mx.quantize packs a cache to; fewer bits than 4 are not heard of for keys.
 KV_BITS = (4, 8)
@@ -23,7 +24,9 @@ def check_kv_bits(kv_bits: int | None, head_dim: int) -> None:
     if kv_bits is None:
         return
     if kv_bits not in KV_BITS:
-        raise KhalaError(f"kv_bits has to be {' or '.join(map(str, KV_BITS))}, got {kv_bits!r}.")
+        raise KhalaError(
+            f"kv_bits has to be {' or '.join(map(str, KV_BITS))}, got {shown(kv_bits)}."
+        )
     if head_dim % 32:
         raise KhalaError(
             f"A packed cache needs heads of 32 dimensions or a multiple, this model's have "

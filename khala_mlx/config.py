@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from khala_mlx.errors import ConfigError, KhalaError
+from khala_mlx.names import listed, shown
 
 MODEL_TYPE = "khala"
 FORMAT_VERSION = 1
@@ -287,7 +288,7 @@ class KhalaConfig(Strict):
     def __post_init__(self) -> None:
         if self.model_type != MODEL_TYPE:
             raise ConfigError(
-                f"model_type is {self.model_type!r}, this package reads {MODEL_TYPE!r}."
+                f"model_type is {shown(self.model_type)}, this package reads {MODEL_TYPE!r}."
             )
         if self.format_version != FORMAT_VERSION:
             raise ConfigError(
@@ -295,9 +296,11 @@ class KhalaConfig(Strict):
                 f"reads format {FORMAT_VERSION}."
             )
         if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype has to be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+            raise ConfigError(
+                f"dtype has to be one of {', '.join(DTYPES)}, got {shown(self.dtype)}."
+            )
         if self.fc1_bias not in ("double", "single"):
-            raise ConfigError(f"fc1_bias has to be double or single, got {self.fc1_bias!r}.")
+            raise ConfigError(f"fc1_bias has to be double or single, got {shown(self.fc1_bias)}.")
         for what, ours, theirs in (
             ("backbone.vocab_size", self.backbone.vocab_size, self.tokens.backbone_vocab),
             ("superres.vocab_size", self.superres.vocab_size, self.tokens.superres_vocab),
@@ -354,7 +357,7 @@ def _parse(cls: Any, data: Any, where: str) -> Any:
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := sorted(set(data) - set(fields)):
-        raise ConfigError(f"{where} has unknown keys: {', '.join(unknown)}.")
+        raise ConfigError(f"{where} has unknown keys: {listed(unknown)}.")
     if missing := sorted(set(fields) - set(data)):
         raise ConfigError(f"{where} lacks keys: {', '.join(missing)}.")
     values = {name: _value(hints[name], value, f"{where}: {name}") for name, value in data.items()}
@@ -376,7 +379,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is Mapping:
         if not isinstance(value, dict):
             raise ConfigError(f"{where} has to be an object.")
-        parsed = {key: _value(args[1], item, f"{where}.{key}") for key, item in value.items()}
+        parsed = {
+            key: _value(args[1], item, f"{where}.{shown(key)}") for key, item in value.items()
+        }
         return types.MappingProxyType(parsed)
     if hint is Any:
         return value
@@ -384,7 +389,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         # NumPy's numbers pass, and whole numbers as floats.
         value = hint(value) if isinstance(value, Integral if hint is int else Real) else value
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise ConfigError(f"{where} has to be of type {hint.__name__}, got {value!r}.")
+        raise ConfigError(f"{where} has to be of type {hint.__name__}, got {shown(repr(value))}.")
     return value
 
 

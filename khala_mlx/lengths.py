@@ -7,6 +7,7 @@ import warnings
 
 from khala_mlx.config import KhalaConfig
 from khala_mlx.errors import KhalaError, KhalaWarning
+from khala_mlx.names import shown
 from khala_mlx.request import Request
 
 # Songs run past the minutes asked for; upstream's progress bar allows for 0.8 more.
@@ -44,7 +45,7 @@ def frame_budget(
     seconds, least = request.seconds, request.min_seconds
     for name, value in (("seconds", seconds), ("min_seconds", least)):
         if value is not None and not 0 <= value < math.inf:
-            raise KhalaError(f"{name} has to be a number of seconds, got {value!r}.")
+            raise KhalaError(f"{name} has to be a number of seconds, got {shown(value)}.")
     if seconds is not None and (seconds <= 0 or least > seconds):
         raise KhalaError(f"seconds has to be above 0 and not below min_seconds, got {seconds}.")
     rate = config.codec.frame_rate

@@ -288,7 +288,7 @@ class Outlook:
 
 
 def _beyond_noise(slower: float, left: float) -> float:
-    """What to make of a pace when so much of its stage is left: the first steps are not the mean."""
+    """What to make of a pace while so much of its stage is left: first steps are not the mean."""
     noise = _NOISE * max(0.0, left)
     change = math.log(slower)
     return math.exp(math.copysign(max(0.0, abs(change) - noise), change))

@@ -21,6 +21,7 @@ import numpy as np
 from khala_mlx.cleaning import clean_lyrics
 from khala_mlx.config import KhalaConfig, TokenLayout
 from khala_mlx.errors import KhalaWarning, PromptError
+from khala_mlx.names import shown
 from khala_mlx.tokenizer import minutes_special
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Prompt:
         mode = _UPSTREAM_NAMES.get(self.text_mode, self.text_mode)
         if mode not in TEXT_MODES:
             raise PromptError(
-                f"text_mode has to be one of {', '.join(TEXT_MODES)}, got {self.text_mode!r}."
+                f"text_mode has to be one of {', '.join(TEXT_MODES)}, got {shown(self.text_mode)}."
             )
         object.__setattr__(self, "text_mode", mode)
         # The published interface asks for an instrumental by setting the language to that word.
@@ -194,10 +195,10 @@ def cleaned(prompt: Prompt) -> Prompt:
 def _check_type(name: str, value: object, wanted: type) -> None:
     if wanted is int:
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise PromptError(f"{name} has to be a whole number, got {value!r}.")
+            raise PromptError(f"{name} has to be a whole number, got {shown(value)}.")
     elif not isinstance(value, wanted):
         kind = "text" if wanted is str else "True or False"
-        raise PromptError(f"{name} has to be {kind}, got {value!r}.")
+        raise PromptError(f"{name} has to be {kind}, got {shown(value)}.")
     elif isinstance(value, str) and any(unicodedata.category(c) == "Cs" for c in value):
         raise PromptError(f"{name} is no valid text: it holds a lone surrogate.")
 

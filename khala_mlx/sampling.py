@@ -7,6 +7,7 @@ import math
 import mlx.core as mx
 
 from khala_mlx.errors import KhalaError
+from khala_mlx.names import shown
 
 # The float32 two steps below 1: its product with any total is below that total.
 _LARGEST_DRAW = 1 - 2.0**-23
@@ -15,17 +16,17 @@ _LARGEST_DRAW = 1 - 2.0**-23
 def check_sampling(top_k: int, temperature: float = 1.0) -> None:
     """Refuse values no rule below is defined for."""
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise KhalaError(f"top_k has to be a whole number from 1 (greedy) up, got {top_k!r}.")
+        raise KhalaError(f"top_k has to be a whole number from 1 (greedy) up, got {shown(top_k)}.")
     if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
         raise KhalaError(
-            f"temperature has to be above 0, got {temperature!r}; top_k=1 is greedy decoding."
+            f"temperature has to be above 0, got {shown(temperature)}; top_k=1 is greedy decoding."
         )
 
 
 def stage_key(seed: int, stage: int) -> mx.array:
     """The key of one stage, so that a later stage can run again without the earlier ones."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise KhalaError(f"seed has to be a whole number from 0 to 2**64 - 1, got {seed!r}.")
+        raise KhalaError(f"seed has to be a whole number from 0 to 2**64 - 1, got {shown(seed)}.")
     return mx.random.split(mx.random.key(seed), 2)[stage]
 
 

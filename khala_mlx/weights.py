@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from khala_mlx import hub
 from khala_mlx.config import WEIGHTS_LICENCE, KhalaConfig
 from khala_mlx.errors import KhalaWarning, WeightsError
-from khala_mlx.names import is_plain_name
+from khala_mlx.names import is_plain_name, listed
 from khala_mlx.places import model_name, models_folder
 
 PARTS = ("backbone", "superres", "codec")
@@ -126,7 +126,7 @@ def read_tensors(files: list[Path]) -> dict[str, mx.array]:
             raise WeightsError(f"{path} is no whole safetensors file.") from error
         assert isinstance(loaded, dict)
         if doubled := sorted(set(tensors) & set(loaded)):
-            raise WeightsError(f"{path} repeats tensors: {', '.join(doubled)}.")
+            raise WeightsError(f"{path} repeats tensors: {listed(doubled)}.")
         tensors.update(loaded)
     return tensors
 
@@ -234,9 +234,9 @@ def _plain(layer: nn.Module, dtype: mx.Dtype | None) -> nn.Module:
 def _differences(expected: Mapping[str, mx.array], found: Mapping[str, mx.array]) -> str:
     problems = []
     if missing := sorted(set(expected) - set(found)):
-        problems.append(f"missing {', '.join(missing)}")
+        problems.append(f"missing {listed(missing)}")
     if unknown := sorted(set(found) - set(expected)):
-        problems.append(f"unknown {', '.join(unknown)}")
+        problems.append(f"unknown {listed(unknown)}")
     for name in sorted(set(expected) & set(found)):
         if expected[name].shape != found[name].shape:
             ours, theirs = list(expected[name].shape), list(found[name].shape)

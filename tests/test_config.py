@@ -88,6 +88,21 @@ def test_wrong_configs_are_refused(changes: dict[str, object], sentence: str) ->
         KhalaConfig.from_dict(edited(**changes))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"backbone__\x1b[2J\n": 1},
+        {"backbone__num_layers": "\n" * 10**6},
+        {"quantization": {"backbone\n": {"bits": 4}}},
+    ],
+)
+def test_hostile_texts_are_shown_on_one_line(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        KhalaConfig.from_dict(edited(**changes))
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
 def test_whole_numbers_serve_as_floats() -> None:
     config = KhalaConfig.from_dict(edited(backbone__rope_base=10000))
     assert config.backbone.rope_base == 10000.0

@@ -16,6 +16,7 @@ from khala_mlx.config import (
     read_object,
 )
 from khala_mlx.errors import ConfigError
+from khala_mlx.names import listed
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,6 @@ class LoraTraining(Strict):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"lora: {name} has to lie in 0 to below 1.")
         if unknown := [name for name in self.modules if name not in LINEARS]:
-            raise ConfigError(f"lora: modules are {', '.join(LINEARS)}, not {', '.join(unknown)}.")
+            raise ConfigError(f"lora: modules are {', '.join(LINEARS)}, not {listed(unknown)}.")
         if not self.modules or len(set(self.modules)) < len(self.modules):
             raise ConfigError("lora: modules has to name each linear layer once.")
