@@ -15,7 +15,7 @@ import numpy as np
 from khala_mlx.audio import read_audio, sound_length
 from khala_mlx.errors import KhalaError, KhalaWarning
 from khala_mlx.lengths import clock_time
-from khala_mlx.names import shown
+from khala_mlx.names import resuming, shown
 from khala_mlx.request import Request
 from khala_mlx.take import Take
 
@@ -102,7 +102,7 @@ def longer(request: Request, seconds: float, most_minutes: int) -> Request:
 def _of_take(khala: Any, path: Path) -> tuple[np.ndarray, Request]:
     take = Take.load(path)
     if not take.layers:
-        raise KhalaError(f"{path} holds no codes yet: go on with `khala generate --resume {path}`.")
+        raise KhalaError(f"{path} holds no codes yet: go on with `{resuming(path)}`.")
     model = take.metadata["model"]
     if model.get("config_sha256", khala.identity) != khala.identity:
         warnings.warn(

@@ -161,7 +161,8 @@ def _generate(options: dict[str, Any]) -> None:
     check_output(output, finish_of(options).bit_depth)
     check_free(output)
     if options["candidates"]:
-        options["draft"] = options["draft"] or DRAFT_LAYERS
+        if options["draft"] is None:
+            options["draft"] = DRAFT_LAYERS
         check_candidates(output, options)
     elif given("best"):
         raise click.UsageError("--best says how many of the --candidates are finished: give both.")
@@ -171,6 +172,7 @@ def _generate(options: dict[str, Any]) -> None:
         options["lyrics"] = _read_lyrics(options["lyrics_file"])
     base = Request.from_sidecar(options["like"]) if options["like"] else None
     khala = open_model(options, _take_of(options["beginning"]))
+    khala.check_draft(options["draft"])
     _limit(khala, options)
     if options["like"]:
         warn_other_model(options["like"], khala.identity)
@@ -273,7 +275,8 @@ def _resume(options: dict[str, Any]) -> None:
         return
     khala = open_model(options, take)
     _limit(khala, options)
-    write = write_song if options["draft"] is None else write_draft
+    # A default of drafting is for new songs: they could never be finished otherwise.
+    write = write_draft if given("draft") else write_song
     write(khala, khala.adopt(take), output, options, resumed=own)
 
 

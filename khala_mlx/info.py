@@ -118,6 +118,9 @@ def _song(record: dict[str, Any], where: str) -> dict[str, Any]:
     told = {
         name: value for name, value in request.to_dict().items() if value not in ("", None, False)
     }
+    if "seconds" in told:
+        # The longest it could become, not how long it is.
+        told["max_seconds"] = told.pop("seconds")
     model = record.get("model")
     if isinstance(model, dict):
         told |= {name: model.get(name) for name in ("name", "licence") if model.get(name)}
@@ -130,6 +133,8 @@ def _take(path: Path) -> dict[str, Any]:
     take = Take.load(path)
     told = {"kind": "take", "layers": take.layers, "of_layers": take.num_codebooks}
     told |= {"frames": take.codes.shape[1], "whole": take.whole}
+    if isinstance(seconds := take.metadata.get("seconds"), (int, float)):
+        told["seconds"] = seconds
     return told | _song(take.metadata, str(path))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
+from pathlib import Path
 
 MOST_LISTED = 100
 
@@ -17,6 +19,11 @@ def shown(name: object) -> str:
     text = str(name) if plain else type(name).__name__
     text = text if len(text) <= 200 else text[:200] + "..."
     return text if text.isprintable() else ascii(text)
+
+
+def resuming(take: Path) -> str:
+    """The command that goes on with a take, to be copied into a shell whatever the file's name."""
+    return f"khala generate --resume {shlex.quote(str(take))}"
 
 
 def is_plain_name(name: str) -> bool:

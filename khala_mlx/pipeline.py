@@ -147,7 +147,7 @@ class Khala(Intake):
             KhalaError: at once if `layers` is no number of layers that can be heard, or if the
                 songs need more memory than there is however the work is cut.
         """
-        self._check_draft(layers)
+        self.check_draft(layers)
         if not takes:
             return iter(())
         plan = self._plan_of(takes)
@@ -281,7 +281,12 @@ class Khala(Intake):
             )
             keep(take)
 
-    def _check_draft(self, layers: int | None) -> None:
+    def check_draft(self, layers: int | None) -> None:
+        """Refuse a number of layers that a draft cannot have; None stands for all.
+
+        Raises:
+            KhalaError: if there are not so many, or too few to be heard.
+        """
         least, most = self.config.tokens.num_coarse, self.config.tokens.num_codebooks
         if layers is not None and not least <= layers <= most:
             raise KhalaError(f"A draft has {least}..{most} layers, got {layers}.")

@@ -29,13 +29,14 @@ def play(path: Path, **options: Any) -> None:
 
 def _play_take(path: Path, options: dict[str, Any]) -> None:
     from khala_mlx.errors import KhalaError
+    from khala_mlx.names import resuming
     from khala_mlx.player import Track, heard_while_made
     from khala_mlx.song_files import open_model
     from khala_mlx.take import Take
 
     take = Take.load(path)
     if not take.layers:
-        raise KhalaError(f"{path} holds no codes yet: go on with `khala generate --resume {path}`.")
+        raise KhalaError(f"{path} holds no codes yet: go on with `{resuming(path)}`.")
     khala = open_model(options, take)
     codes = khala.adopt(take, same=False).codes
     codec = khala.config.codec

@@ -13,6 +13,7 @@ from khala_mlx import audio
 from khala_mlx.errors import KhalaError
 from khala_mlx.files import check_destination, provisional
 from khala_mlx.finish import Finish, fade_part
+from khala_mlx.names import resuming
 from khala_mlx.options import FINISH, OF_THE_FILE, given, left_to_default
 from khala_mlx.outlook import Outlook
 from khala_mlx.player import Live
@@ -143,7 +144,7 @@ def _write_draft(
             "seconds": round(song.duration, 2),
             "seed": take.request.seed,
             "layers": f"{take.layers} of {take.num_codebooks}",
-            "finish": f"khala generate --resume {take_path(output)}",
+            "finish": resuming(take_path(output)),
         },
         options["as_json"],
     )
@@ -230,7 +231,7 @@ def made(
 
     def keep(take: Take) -> None:
         take.save(path, overwrite=True)
-        when_stopped(f"Go on with `khala generate --resume {path}`.")
+        when_stopped(f"Go on with `{resuming(path)}`.")
 
     if resumed:
         keep(take)

@@ -87,6 +87,19 @@ class Take:
         self.metadata["frames"] = codes.shape[1]
         self.metadata["seconds"] = round(codes.shape[1] / frame_rate, 3)
 
+    def credit(self, maker: Take) -> None:
+        """Name as the model of these codes the one that made `maker`, whose codes they are.
+
+        Another model may render them; going on with them is for the one that began them.
+        """
+        ours, theirs = self.metadata["model"], maker.metadata["model"]
+        named = {n: v for n, v in theirs.items() if isinstance(v, type(ours.get(n)))}
+        self.metadata["model"] = named or ours
+        self.metadata["backend"] = maker.metadata["backend"] or self.metadata["backend"]
+        self.source = maker.source or self.source
+        if maker.prompts != ([], []):
+            self.prompts = maker.prompts
+
     def with_request(self, request: Request) -> Self:
         """A take like this one, sharing nothing with it, but of another request."""
         other = copy.deepcopy(self)

@@ -58,6 +58,7 @@ def refine(
     """Keep what TAKE's backbone composed and make the detail anew, as a song of its own."""
     from khala_mlx.audio import check_output
     from khala_mlx.errors import KhalaError
+    from khala_mlx.names import resuming
     from khala_mlx.song import check_free
     from khala_mlx.song_files import finish_of, free_name, open_model, write_song
     from khala_mlx.take import Take
@@ -68,7 +69,7 @@ def refine(
     check_output(output, finish_of(options).bit_depth)
     check_free(output)
     if not take.layers:
-        raise KhalaError(f"{path} holds no codes yet: go on with `khala generate --resume {path}`.")
+        raise KhalaError(f"{path} holds no codes yet: go on with `{resuming(path)}`.")
     khala = open_model(options, take)
     seed = secrets.randbelow(2**32) if seed is None else seed
     asked: dict[str, Any] = {"refine_top_k": refine_top_k, "refine_expected": refine_expected}
@@ -84,6 +85,7 @@ def render(path: Path, **options: Any) -> None:
     """Make the sound of TAKE, as far as it is refined."""
     from khala_mlx.audio import check_output
     from khala_mlx.errors import KhalaError
+    from khala_mlx.names import resuming
     from khala_mlx.song import check_free, take_path
     from khala_mlx.song_files import (
         check_unfinished,
@@ -100,13 +102,15 @@ def render(path: Path, **options: Any) -> None:
     check_output(output, finish_of(options).bit_depth)
     own = take_path(output).absolute() == path.absolute()
     if not take.layers:
-        raise KhalaError(f"{path} holds no codes yet: go on with `khala generate --resume {path}`.")
+        raise KhalaError(f"{path} holds no codes yet: go on with `{resuming(path)}`.")
     if not own:
         check_free(output)
     elif not check_unfinished(take, output):
         raise KhalaError(f"{output} exists already; remove it or choose another --output.")
     khala = open_model(options, take)
-    take = khala.adopt(take, same=False)
+    adopted = khala.adopt(take, same=False)
+    adopted.credit(take)
+    take = adopted
     if take.whole:
         write_song(khala, take, output, options, resumed=own)
     else:

@@ -159,6 +159,9 @@ def test_wrong_numbers_of_candidates(tiny_folder: Path) -> None:
         (["--candidates", 1], "2<=x<=64", 2),
         (["--best", 2], "give both", 2),
         (["--candidates", 2], "a.2.draft-8.wav exists already", 1),
+        # Told before anything is composed.
+        (["--candidates", 2, "--draft", 9], "A draft has 2..8 layers, got 9", 1),
+        (["--candidates", 2, "--draft", 0], "A draft has 2..8 layers, got 0", 1),
     ):
         result = run("generate", "-m", tiny_folder, *arguments, "-o", "a.wav")
         assert (result.exit_code, sentence in result.stderr) == (code, True), result.stderr

@@ -277,7 +277,11 @@ def test_info(tiny_folder: Path) -> None:
     assert told["licence"] == "CC BY-NC 4.0"
     assert json.loads(run("info", "a.wav", "--json").stdout)["tags"] == "pop"
     assert json.loads(run("info", "codes.npz", "--json").stdout)["layers"] == 8
-    assert json.loads(run("info", "a.take.safetensors", "--json").stdout)["frames"] == 35
+    take = json.loads(run("info", "a.take.safetensors", "--json").stdout)
+    sound = json.loads(run("info", "a.wav", "--json").stdout)
+    # 35 frames are a little longer than the 0.1 seconds asked for.
+    assert (take["frames"], take["seconds"], sound["seconds"]) == (35, 0.102, 0.102)
+    assert take["max_seconds"] == sound["max_seconds"] == 0.1
     assert "layers" in run("info", "codes.npz").stdout
     Path("a.json").unlink()
     assert json.loads(run("info", "a.wav", "--json").stdout)["tags"] == "pop"

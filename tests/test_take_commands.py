@@ -1,4 +1,5 @@
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -189,3 +190,44 @@ def test_an_error_before_anything_is_composed_leaves_nothing(
     monkeypatch.setattr(Backbone, "compose_many", lambda *_, **__: 1 / 0)
     failed(run("generate", "-m", tiny_folder, *SHORT), "ZeroDivisionError")
     assert names() == []
+
+
+def test_a_draft_that_another_model_rendered_stays_that_of_its_own(
+    tiny_folder: Path, whole: bytes, tmp_path: Path
+) -> None:
+    from tiny_model import write_tiny_model
+
+    other = write_tiny_model(tmp_path / "other", seed=1)
+    generate(tiny_folder, "-o", "a.wav", "--draft", "4")
+    for output in ("a.wav", "b.wav"):
+        Path("a.draft-4.wav").unlink(missing_ok=True)
+        heard = run("render", "a.take.safetensors", "-m", other, "-o", output)
+        assert heard.exit_code == 0, heard.stderr
+        assert "begun by another model" in heard.stderr
+    for name in "ab":
+        failed(run("generate", "--resume", f"{name}.take.safetensors", "-m", other), "another")
+        assert run("generate", "--resume", f"{name}.take.safetensors").exit_code == 0
+        assert np.array_equal(
+            Take.load(f"{name}.take.safetensors").codes, Take.load("whole/a.take.safetensors").codes
+        )
+    assert Path("a.wav").read_bytes() == whole
+    # A song is by the model that wrote its codes.
+    run("render", "a.take.safetensors", "-m", other, "-o", "c.wav")
+    told = json.loads(Path("c.json").read_text())["model"]
+    assert told == json.loads(Path("whole/a.json").read_text())["model"]
+
+
+def test_a_default_of_drafting_does_not_keep_a_song_from_being_finished(
+    tiny_folder: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KHALA_GENERATE_DRAFT", "4")
+    generate(tiny_folder, "-o", "a.wav")
+    assert names() == ["a.draft-4.wav", "a.take.safetensors"]
+    assert run("generate", "--resume", "a.take.safetensors").exit_code == 0
+    assert Path("a.wav").read_bytes() == whole
+
+
+def test_what_is_told_to_type_can_be_typed_whatever_the_name(tiny_folder: Path) -> None:
+    told = json.loads(generate(tiny_folder, "-o", "my 'song.wav", "--draft", "4", "--json").stdout)
+    assert run(*shlex.split(told["finish"])[1:]).exit_code == 0
+    assert Path("my 'song.wav").is_file()
