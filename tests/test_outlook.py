@@ -98,8 +98,8 @@ def left_of_the_song(line: str) -> float | None:
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--candidates", 3, "--best", 2, "--draft", 4], ["--refine-expected"]],
-    ids=["a song", "candidates", "by expectation"],
+    [[], ["--candidates", 3, "--best", 2, "--draft", 4]],
+    ids=["a song", "candidates"],
 )
 def test_the_time_left_of_all_is_right_after_a_tenth(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[Any]
@@ -142,7 +142,9 @@ def take(tiny: Khala, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Take:
     return tiny.begin(Request(tags="pop", seconds=100 / rate, seed=1))
 
 
-def follow(tiny: Khala, take: Take, frames: int, *, slow: float = 1.0) -> list[float]:
+def follow(
+    tiny: Khala, take: Take, frames: int, *, slow: float = 1.0, refine: float = 20
+) -> list[float]:
     """A song of so many frames that takes 2 + 10 + 1 + 20 + 5 seconds; the totals it foretold."""
     clock, most = Clock(), take.budget[0]
     told: list[float] = []
@@ -161,7 +163,7 @@ def follow(tiny: Khala, take: Take, frames: int, *, slow: float = 1.0) -> list[f
     clock.now += slow
     steps = take.num_codebooks - len(codes)
     for done in range(1, steps + 1):
-        report("refine", 20 / steps, done, steps)
+        report("refine", refine / steps, done, steps)
     report("render", 5, 1, 1)
     ahead.keep()
     return told
@@ -236,6 +238,14 @@ def test_a_song_like_the_last_is_foretold(tiny: Khala, take: Take) -> None:
     told = follow(tiny, take, frames)
     assert take.budget[0] > frames + 20
     assert told == pytest.approx([38] * len(told), rel=0.06)
+
+
+def test_choosing_by_expectation_has_a_pace_of_its_own(tiny: Khala, take: Take) -> None:
+    follow(tiny, take, 60)
+    expected = take.with_request(replace(take.request, refine_expected=True))
+    follow(tiny, expected, 60, refine=50)
+    assert follow(tiny, take, 60)[0] == pytest.approx(38, rel=0.05)
+    assert follow(tiny, expected, 60, refine=50)[0] == pytest.approx(68, rel=0.05)
 
 
 def test_a_slower_machine_is_noticed(tiny: Khala, take: Take) -> None:
