@@ -128,14 +128,14 @@ def encode_audio(
     subtype = _SUBTYPES[path.suffix.lower()][bit_depth]
     try:
         with soundfile.SoundFile(
-            temporary, "w", sample_rate, waveform.shape[1], subtype=subtype
+            os.fsencode(temporary), "w", sample_rate, waveform.shape[1], subtype=subtype
         ) as file:
             for name, text in tagging.plain(path, tags or {}).items():
                 setattr(file, name, text)
             for start in range(0, len(waveform), _BLOCK):
                 file.write(waveform[start : start + _BLOCK])
         # Encoders of lossy formats say nothing when the disk is full.
-        written = soundfile.info(temporary).frames
+        written = soundfile.info(os.fsencode(temporary)).frames
     except soundfile.SoundFileError as error:
         raise AudioError(f"{path} cannot be written: {_write_reason(error)}.") from error
     if abs(written - len(waveform)) > _CODEC_DELAY:
@@ -159,7 +159,8 @@ def read_sound(path: Path) -> tuple[np.ndarray, int]:
     """A sound file as it is: float32 samples [L, C] and their rate.
 
     Raises:
-        AudioError: if it cannot be read, holds no samples, or would not fit half of the memory.
+        AudioError: if it cannot be read, holds no samples or some that are no finite numbers, or
+            would not fit half of the memory.
     """
     with _opened(path) as file:
         _check_format(path, file, file.samplerate, file.channels)
@@ -167,6 +168,8 @@ def read_sound(path: Path) -> tuple[np.ndarray, int]:
         rate = int(file.samplerate)
     if len(waveform) == 0:
         raise AudioError(f"{path} holds no samples.")
+    if not np.isfinite(waveform).all():
+        raise AudioError(f"{path} holds samples that are no finite numbers.")
     return waveform, rate
 
 

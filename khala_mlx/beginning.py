@@ -17,6 +17,7 @@ from khala_mlx.errors import KhalaError, KhalaWarning
 from khala_mlx.lengths import clock_time
 from khala_mlx.names import resuming, shown
 from khala_mlx.request import Request
+from khala_mlx.tags import clean
 from khala_mlx.take import Take
 
 
@@ -54,7 +55,7 @@ def read_beginning(
     frames = _frames_before(khala, source, codes.shape[1], until)
     codes = codes[:, :frames]
     told = {
-        "file": source.name,
+        "file": clean(source.name),
         "frames": frames,
         "seconds": round(frames / khala.config.codec.frame_rate, 3),
         "codes_sha256": hashlib.sha256(codes.astype("<i4").tobytes()).hexdigest(),

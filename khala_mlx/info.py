@@ -109,15 +109,21 @@ def _sound(path: Path) -> dict[str, Any]:
     there = tags.read(path)
     report |= {name: there[name] for name in ("title", "artist", "comment") if name in there}
     if "record" in there or sidecar_path(path).is_file():
-        report |= _song(recorded(path), str(path))
+        report |= _provenance(path)
     return report
+
+
+def _provenance(path: Path) -> dict[str, Any]:
+    """What the record of a sound tells; a stranger's song.json does not hide the sound itself."""
+    try:
+        return _song(recorded(path), str(path))
+    except KhalaError as error:
+        return {"record": f"none that can be read: {error}"}
 
 
 def _song(record: dict[str, Any], where: str) -> dict[str, Any]:
     request = Request.from_record(record, where)
-    told = {
-        name: value for name, value in request.to_dict().items() if value not in ("", None, False)
-    }
+    told = {name: value for name, value in request.to_dict().items() if _is_said(name, value)}
     if "seconds" in told:
         # The longest it could become, not how long it is.
         told["max_seconds"] = told.pop("seconds")
@@ -127,6 +133,11 @@ def _song(record: dict[str, Any], where: str) -> dict[str, Any]:
         told["model"] = told.pop("name", "unknown")
     told |= {name: record[name] for name in ("generator", "created") if name in record}
     return told
+
+
+def _is_said(name: str, value: Any) -> bool:
+    """Whether a field of a request tells something: 0 does as a seed, not asking for more not."""
+    return value not in ("", None) and (value is not False or name == "reachable_only")
 
 
 def _take(path: Path) -> dict[str, Any]:

@@ -17,10 +17,14 @@ _HIGH_PASS = {"hertz": 38.13547087602444, "quality": 0.5003270373238773}
 _BLOCK, _HOP = 0.4, 0.1
 _ABSOLUTE, _RELATIVE = -70.0, -10.0
 _OFFSET = -0.691
+# Below it the shelf lies beyond what the rate can hold.
+_LEAST_RATE = 4000
 # The filters' response is below -200 dB after a third of a second.
 _RESPONSE = 1 / 3
 # BS.1770-4, annex 2: a true peak is measured at 192 kHz or more.
 _TRUE_PEAK_RATE = 4 * 48_000
+# Enough for any rate; a header that tells 1 Hz would take an hour.
+_MOST_RAISED = 64
 # Seconds upsampled at once, and of context on both sides.
 _PIECE, _CONTEXT = 10, 0.05
 # A sample this close to full scale is taken for a clipped one: one step of 16 bits.
@@ -30,9 +34,14 @@ MOST_CHANNELS = 2
 
 
 def integrated(waveform: np.ndarray, sample_rate: int) -> float | None:
-    """Integrated loudness in LUFS of samples [L, C], C at most 2; None if silent or below 0.4 s."""
+    """Integrated loudness in LUFS of samples [L, C], C at most 2.
+
+    None if they are silent, shorter than 0.4 s, or at a rate too low for the filters.
+    """
     if waveform.shape[1] > MOST_CHANNELS:
         raise AudioError(f"Loudness is measured of 1 or 2 channels, not of {waveform.shape[1]}.")
+    if sample_rate < _LEAST_RATE:
+        return None
     energy = _block_energy(waveform, sample_rate)
     if not len(energy):
         return None
@@ -47,7 +56,7 @@ def true_peak(waveform: np.ndarray, sample_rate: int) -> float:
     """True peak of samples [L, C] in dBTP; -inf of silence."""
     import soxr
 
-    factor = max(1, math.ceil(_TRUE_PEAK_RATE / sample_rate))
+    factor = min(_MOST_RAISED, max(1, math.ceil(_TRUE_PEAK_RATE / sample_rate)))
     piece, context = _PIECE * sample_rate, math.ceil(_CONTEXT * sample_rate)
     peak = float(np.abs(waveform).max(initial=0.0))
     for start in range(0, len(waveform), piece):

@@ -13,6 +13,9 @@ from khala_mlx.config import Strict
 from khala_mlx.errors import ConfigError, KhalaError
 from khala_mlx.prompt import Prompt
 
+# No record comes near it, whatever the lyrics.
+_MOST_BYTES = 1 << 26
+
 
 @dataclass(frozen=True)
 class Request(Strict):
@@ -89,13 +92,15 @@ def recorded(path: Path) -> dict[str, Any]:
     Raises:
         KhalaError: if there is none.
     """
+    where = path
     try:
         if path.suffix.lower() not in audio.SUFFIXES:
-            return _record(path.read_text(encoding="utf-8"))
+            return _record(_text(path))
         path.stat()
         if text := tags.read(path).get("record"):
             return _record(text)
-        return _record(sidecar_path(path).read_text(encoding="utf-8"))
+        where = sidecar_path(path)
+        return _record(_text(where))
     except OSError as error:
         if path.suffix.lower() in audio.SUFFIXES and path.is_file():
             raise KhalaError(
@@ -104,7 +109,20 @@ def recorded(path: Path) -> dict[str, Any]:
             ) from error
         raise KhalaError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise KhalaError(f"{path} is no song.json written by khala.") from error
+        if where.suffix.lower() in audio.SUFFIXES:
+            raise KhalaError(
+                f"{path} holds a record of how it was made that is damaged."
+            ) from error
+        raise KhalaError(f"{where} is no song.json written by khala.") from error
+
+
+def _text(path: Path) -> str:
+    # /dev/zero and films are no records, and have no place in memory.
+    with path.open("rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ValueError
+    return content.decode("utf-8")
 
 
 def _record(text: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from khala_mlx.files import appears_whole, check_destination
 from khala_mlx.finish import Finish
 from khala_mlx.names import shown
 from khala_mlx.request import recorded, sidecar_path
+from khala_mlx.tags import clean
 from khala_mlx.take import SUFFIX, Take
 
 SIDECAR_VERSION = 1
@@ -87,8 +88,9 @@ class Song:
         else:
             check_free(path, overwrite=overwrite)
         waveform, levels = finish.apply(self.waveform, self.sample_rate)
-        named = {name: text for name, text in (("title", title), ("artist", artist)) if text}
-        self.metadata["output"] = {"file": path.name, "bit_depth": bit_depth, **named, **levels}
+        named = {n: clean(text) for n, text in (("title", title), ("artist", artist)) if text}
+        file = {"file": clean(path.name), "bit_depth": bit_depth}
+        self.metadata["output"] = {**file, **named, **levels}
         replace = overwrite or finishing
         # Nested, so that a failure while writing any of the three leaves none of them. The sound
         # appears last: where it is, all is.

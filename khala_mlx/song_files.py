@@ -19,6 +19,7 @@ from khala_mlx.outlook import Outlook
 from khala_mlx.player import Live
 from khala_mlx.request import Request, sidecar_path
 from khala_mlx.song import Song, take_path
+from khala_mlx.tags import clean
 from khala_mlx.take import Take
 from khala_mlx.terminal import Progress, report, when_stopped
 
@@ -200,7 +201,8 @@ def write_sound(path: Path, song: Song, options: dict[str, Any]) -> None:
 
 def of_the_file(options: dict[str, Any], output: Path) -> dict[str, Any]:
     """What a take records of how its song is to be written."""
-    return {name: options[name] for name in OF_THE_FILE} | {"suffix": output.suffix}
+    named = {name: clean(options[name]) for name in ("title", "artist")}
+    return {name: options[name] for name in OF_THE_FILE} | named | {"suffix": output.suffix}
 
 
 def save_song(song: Song, output: Path, options: dict[str, Any]) -> None:

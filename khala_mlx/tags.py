@@ -8,6 +8,7 @@ the names of what it could not.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -133,7 +134,7 @@ def _read_with_soundfile(path: Path) -> dict[str, str]:
     import soundfile
 
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(os.fsencode(path)) as file:
             found = {name: str(getattr(file, there) or "") for name, there in _PLAIN.items()}
     except (soundfile.SoundFileError, OSError, UnicodeDecodeError):
         return {}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,6 +22,10 @@ import click
 from khala_mlx import keys
 from khala_mlx.errors import KhalaError, KhalaWarning
 from khala_mlx.files import discard_unfinished
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_UNINDENTED = re.compile(r"\n(?!    )")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -263,11 +269,29 @@ def _minutes(seconds: float) -> str:
 def report(data: dict[str, Any], as_json: bool) -> None:
     """Print a result: aligned `name  value` lines, or one JSON object."""
     if as_json:
-        click.echo(json.dumps(data, ensure_ascii=False))
+        text = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False)
+        # A lone surrogate cannot be printed, its JSON escape can.
+        click.echo(_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
     else:
         width = max(len(name) for name in data)
-        click.echo("\n".join(f"{name:<{width}}  {value}" for name, value in data.items()))
+        lines = (f"{name:<{width}}  {_harmless(str(value))}" for name, value in data.items())
+        click.echo("\n".join(lines))
     sys.stdout.flush()
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null where JSON has no number."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _harmless(text: str) -> str:
+    """Text of a stranger's file: it cannot steer the terminal, nor pass for another line."""
+    text = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    return _UNINDENTED.sub("\n    ", text)
 
 
 def report_table(rows: list[dict[str, Any]]) -> None:
