@@ -13,6 +13,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
@@ -387,7 +388,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return value
     if hint in (int, float) and not isinstance(value, bool):
         # NumPy's numbers pass, and whole numbers as floats.
-        value = hint(value) if isinstance(value, Integral if hint is int else Real) else value
+        with suppress(OverflowError):
+            value = hint(value) if isinstance(value, Integral if hint is int else Real) else value
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
         raise ConfigError(f"{where} has to be of type {hint.__name__}, got {shown(repr(value))}.")
     return value

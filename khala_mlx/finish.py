@@ -61,7 +61,7 @@ def fade_part(
     block: np.ndarray, start: int, samples: int, sample_rate: int, seconds: float
 ) -> np.ndarray:
     """`fade_out` of a song of so many samples, for its block [n, C] from `start` on."""
-    length = min(samples, round(seconds * sample_rate))
+    length = round(min(samples, seconds * sample_rate))
     first = max(0, samples - length - start)
     if first >= len(block):
         return block

@@ -14,6 +14,8 @@ from khala_mlx.request import Request
 SPARE_MINUTES = 0.8
 # Seconds that a song goes on for at least behind a beginning, if they fit.
 LEAST_ADDED = 5.0
+# Seconds beyond any song, and few enough to count frames of.
+_ENDLESS = 1e9
 
 
 def backbone_room(config: KhalaConfig, prompt_length: int) -> int:
@@ -44,7 +46,7 @@ def frame_budget(
             )
     seconds, least = request.seconds, request.min_seconds
     for name, value in (("seconds", seconds), ("min_seconds", least)):
-        if value is not None and not 0 <= value < math.inf:
+        if value is not None and not 0 <= value < _ENDLESS:
             raise KhalaError(f"{name} has to be a number of seconds, got {shown(value)}.")
     if seconds is not None and (seconds <= 0 or least > seconds):
         raise KhalaError(f"seconds has to be above 0 and not below min_seconds, got {seconds}.")

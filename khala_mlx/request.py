@@ -110,9 +110,7 @@ def recorded(path: Path) -> dict[str, Any]:
         raise KhalaError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if where.suffix.lower() in audio.SUFFIXES:
-            raise KhalaError(
-                f"{path} holds a record of how it was made that is damaged."
-            ) from error
+            raise KhalaError(f"{path} holds a damaged record of how it was made.") from error
         raise KhalaError(f"{where} is no song.json written by khala.") from error
 
 

@@ -125,3 +125,12 @@ def test_every_part_has_a_tiny_form() -> None:
     assert CodecConfig.tiny().hop == 128
     assert SpecialTokens().minutes.format(minutes=3) == "<|reserved_special_token_3|>"
     assert issubclass(BackboneConfig, TransformerConfig)
+
+
+def test_hostile_keys_stay_on_one_short_line() -> None:
+    for keys in ({"a\n\x1b[2J": 1}, {"k" * 10**6: 1}):
+        with pytest.raises(ConfigError) as error:
+            KhalaConfig.from_dict(keys, "config.json")
+        assert "\n" not in str(error.value)
+        assert "\x1b" not in str(error.value)
+        assert len(str(error.value)) < 300

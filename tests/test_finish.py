@@ -58,6 +58,7 @@ def test_fading() -> None:
     assert np.all(faded[-1] == 0)
     assert wave[-1, 0] == 1
     assert fade_out(wave, RATE, 9.0)[RATE // 10, 0] < 1
+    assert np.array_equal(fade_out(wave, RATE, 1e308), fade_out(wave, RATE, 9.0))
     assert Finish(fade=0.5).apply(wave, RATE)[1]["fade_seconds"] == 0.5
 
 

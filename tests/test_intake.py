@@ -15,6 +15,8 @@ from khala_mlx.request import Request
         ({"seconds": -1.0}, "number of seconds"),
         ({"seconds": float("nan")}, "type float"),
         ({"seconds": "12"}, "type float"),
+        ({"seconds": 10**400}, "type float"),
+        ({"seconds": 1e308}, "number of seconds"),
         ({"seconds": 1.0, "min_seconds": 2.0}, "not below min_seconds"),
         ({"min_seconds": -1.0}, "number of seconds"),
         ({"top_k": 0}, "top_k"),
