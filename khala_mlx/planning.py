@@ -161,9 +161,10 @@ def limits(plan: Plan) -> Iterator[None]:
     tokens. How many freed buffers are kept is limited everywhere.
     """
     spare = min(max(plan.memory - plan.peak, _LEAST_CACHE), _MOST_CACHE)
-    cache = mx.set_cache_limit(spare)
-    wired = mx.set_wired_limit(min(plan.peak, plan.memory)) if mx.metal.is_available() else None
+    cache, wired = mx.set_cache_limit(spare), None
     try:
+        if mx.metal.is_available():
+            wired = mx.set_wired_limit(min(plan.peak, plan.memory))
         yield
     finally:
         if wired is not None:

@@ -272,8 +272,9 @@ class Stages:
         if codec is not None:
             codebooks = codec.quantizer.codebooks
         else:
-            # Of the codec's file nothing else is read.
+            # Of the codec's file nothing else is read; and now, not within the GPU's work.
             codebooks = read_tensors(part_files(self.folder, "codec"))["quantizer.codebooks"]
+            mx.eval(codebooks)
         return Expected(codebooks, frames, self.config.tokens.num_coarse)
 
     def render(
@@ -330,6 +331,10 @@ class Stages:
         )
 
     def _part(self, name: str, build: Callable[[KhalaConfig], Loaded]) -> Loaded:
+        if self._plan and self._plan.staged:
+            # What an earlier song left loaded.
+            for other in [part for part in self._parts if part != name]:
+                self.release(other)
         if name not in self._parts:
             dtype = mx.float32 if name == "codec" else getattr(mx, self.dtype)
             model = build(self.config)

@@ -154,3 +154,13 @@ def test_the_plan_counts_it(tiny: Khala) -> None:
     codebooks = 4 * sizes.num_codebooks * sizes.codebook_size * sizes.latent_dim
     more = peaks[1]["refine"]["peak_bytes"] - peaks[0]["refine"]["peak_bytes"]
     assert codebooks < more < 10 * codebooks
+
+
+def test_codebooks_are_read_before_they_are_used(tmp_path: Path) -> None:
+    """A graph of the GPU must not wait for a file."""
+    folder = write_tiny_model(tmp_path / "tiny")
+    wanted = np.array(Khala.from_pretrained(folder).codec.quantizer.codebooks)
+    expected = Khala.from_pretrained(folder).expecting(FRAMES)
+    weights = folder / "codec.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    np.testing.assert_array_equal(np.array(expected.codebooks), wanted)

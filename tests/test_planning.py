@@ -1,5 +1,7 @@
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -143,6 +145,28 @@ def test_little_memory_makes_the_same_songs(tiny_folder: Path) -> None:
         assert np.abs(song.waveform - wanted.waveform).max() < 1e-5
 
 
+def test_what_an_earlier_song_left_loaded_is_freed(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    khala, request = Khala.from_pretrained(tiny_folder), Request(tags="pop", seconds=0.1)
+    khala.fulfil(request)
+    assert len(khala._parts) == 3
+    stages = khala.plan(request)["memory"]["stages"].values()
+    # Room for the largest part, not for all.
+    khala.machine = replace(khala.machine, memory=max(each["peak_bytes"] for each in stages))
+    together: set[tuple[str, ...]] = set()
+    get = Khala._part
+
+    def watched(self: Khala, name: str, build: Callable[..., Any]) -> Any:
+        part = get(self, name, build)
+        together.add(tuple(self._parts))
+        return part
+
+    monkeypatch.setattr(Khala, "_part", watched)
+    khala.fulfil(request)
+    assert together == {("backbone",), ("superres",), ("codec",)}
+
+
 def test_what_is_done_is_what_was_planned(tiny_folder: Path) -> None:
     """A beginning and adapters are in the plan of the dry run and in that of the work."""
     khala = Khala.from_pretrained(tiny_folder)
@@ -179,3 +203,18 @@ def test_limits_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
         mx.set_cache_limit(cache)
     assert wired == [plan(8).peak, 77]
     assert waited == [True]
+
+
+def test_a_refused_limit_leaves_the_other_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: int) -> int:
+        raise ValueError("larger than the working set")
+
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "set_wired_limit", refuse)
+    cache = mx.set_cache_limit(123456)
+    try:
+        with pytest.raises(ValueError, match="working set"), limits(plan(8)):
+            pass
+        assert mx.set_cache_limit(cache) == 123456
+    finally:
+        mx.set_cache_limit(cache)
