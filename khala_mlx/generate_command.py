@@ -292,7 +292,9 @@ def _limit(khala: Any, options: dict[str, Any]) -> None:
     if options["dry_run"] and here.on_cpu:
         khala.machine = mac
     else:
-        khala.machine = dataclasses.replace(here, memory=min(here.memory, mac.memory))
+        # Only a dry run may have more than there is.
+        usable = mac.memory if options["dry_run"] else min(here.memory, mac.memory)
+        khala.machine = dataclasses.replace(here, memory=usable)
 
 
 def _plan_lines(plan: dict[str, Any]) -> dict[str, Any]:

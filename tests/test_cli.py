@@ -24,6 +24,7 @@ from click.testing import CliRunner, Result
 
 from khala_mlx import terminal
 from khala_mlx.cli import main
+from khala_mlx.machine import mac_with
 
 KHALA = [sys.executable, "-c", "from khala_mlx.cli import main; main()"]
 SHORT = ["--seconds", "0.1", "--min-seconds", "0.1"]
@@ -179,7 +180,7 @@ def test_dry_run_shows_the_prompt_and_loads_nothing(tiny_folder: Path) -> None:
     assert names() == ["model"]
 
 
-def test_dry_run_tells_memory_and_time(tiny_folder: Path) -> None:
+def test_dry_run_tells_memory_and_time(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = run("generate", "-m", tiny_folder, "--dry-run")
     assert here.exit_code == 0, here.stderr
     for line in ("compose  ", "refine  ", "render  ", "fits the usable"):
@@ -189,6 +190,10 @@ def test_dry_run_tells_memory_and_time(tiny_folder: Path) -> None:
     )["memory"]
     assert mac["usable_bytes"] == 2**34 * 2 // 3
     assert mac["peak_bytes"] == max(stage["peak_bytes"] for stage in mac["stages"].values())
+    with monkeypatch.context() as on_a_mac:
+        on_a_mac.setattr("khala_mlx.stages.this_machine", lambda: mac_with(2**34))
+        asked = run("generate", "-m", tiny_folder, "--dry-run", "--json", "--memory", "64GB")
+        assert json.loads(asked.stdout)["memory"]["usable_bytes"] == 2**36 * 3 // 4
     tight = run("generate", "-m", tiny_folder, "--dry-run", "--memory", "0.00001GB")
     assert "does not fit" in tight.stdout
     failed(run("generate", "-m", tiny_folder, "--memory", "0.00001GB"), "can be used")
