@@ -1,13 +1,17 @@
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from tiny_model import write_tiny_model
 
 from khala_mlx import KhalaError, bench
 from khala_mlx.bench import Turns, compared, random_config
 from khala_mlx.cli import main
+from khala_mlx.config import KhalaConfig
 
 SMALL = ["--random", "1", "128", "--cached", "20", "--rows", "20", "--chunk-frames", "1"]
 
@@ -77,7 +81,17 @@ def test_wrong_requests(arguments: list[str], sentence: str) -> None:
     assert sentence in result.stderr
 
 
-@pytest.mark.parametrize("old", [[], {}, {"compose": 3}, {"compose": {"floor_ratio": "x"}}])
+@pytest.mark.parametrize(
+    "old",
+    [
+        [],
+        {},
+        {"compose": 3},
+        {"compose": {"floor_ratio": "x"}},
+        {stage: {"floor_ratio": 0} for stage in ("compose", "refine", "render")},
+        {stage: {"floor_ratio": math.nan} for stage in ("compose", "refine", "render")},
+    ],
+)
 def test_wrong_reports_are_refused(old: Any) -> None:
     with pytest.raises(KhalaError, match="no report"):
         compared({stage: {"floor_ratio": 1.0} for stage in ("compose", "refine", "render")}, old)
@@ -101,3 +115,30 @@ def test_random_weights_have_the_released_shapes() -> None:
     assert full.backbone.intermediate_size == 5632
     assert (full.superres.num_heads, full.superres.num_kv_heads) == (32, 8)
     assert (full.codec.decoder_dim, full.codec.encoder_dim) == (192, 128)
+
+
+def test_every_width_that_is_allowed_has_heads() -> None:
+    for width in range(128, 2049, 128):
+        sizes = random_config(1, width).backbone
+        assert sizes.num_heads * sizes.head_dim == width
+
+
+def test_a_model_of_small_windows_and_one_fine_layer(tmp_path: Path) -> None:
+    config = KhalaConfig.tiny()
+    layout = replace(config.tokens, num_codebooks=config.tokens.num_coarse + 1)
+    sizes = {"num_codebooks": layout.num_codebooks}
+    config = replace(
+        config,
+        tokens=layout,
+        backbone=replace(config.backbone, context=96, max_prompt=40),
+        superres=replace(
+            config.superres, context=40, max_prompt=30, vocab_size=layout.superres_vocab
+        ),
+        codec=replace(config.codec, **sizes),
+    )
+    folder = write_tiny_model(tmp_path / "small", config)
+    told = run("-m", folder, "--json", "--chunk-frames", 2)
+    assert told.exit_code == 0, told.stderr
+    refine = json.loads(told.stdout)["refine"]
+    assert refine["floor_ratio"] > 0
+    assert refine["flops_ratio"] == pytest.approx(1, rel=0.03)
