@@ -3,7 +3,8 @@
 Weights and key-value caches are counted exactly. The arrays at work in a pass follow the shapes of
 one layer; how many of each are there at once is fitted to peaks measured on MLX's CPU backend
 (docs/performance.md), for MLX allocates ahead of the work. On the GPU no attention scores are
-written out; nothing else is known to differ, and nothing was measured there.
+written out for heads of the usual sizes; nothing else is known to differ, and nothing was measured
+there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from khala_mlx.adapter import NO_ADAPTERS, Extent
 from khala_mlx.config import CodecConfig, KhalaConfig, TransformerConfig
 from khala_mlx.halo import UNITS_HALO, decoder_halo
 from khala_mlx.ops import TILE
-from khala_mlx.transformer import CPU_SCORE_BYTES
+from khala_mlx.transformer import SCORE_BYTES, writes_scores
 from khala_mlx.weights import CPU_UNPACKED_BYTES
 
 _FLOAT32 = 4
@@ -145,13 +146,14 @@ def _pass_bytes(sizes: TransformerConfig, rows: int, setting: Setting, stage: st
         sizes.num_heads * sizes.head_dim,
         sizes.num_kv_heads * sizes.head_dim,
     )
-    scores = _FLOAT32 * sizes.num_heads * rows * rows if setting.on_cpu else 0
+    written = writes_scores(sizes.head_dim, on_cpu=setting.on_cpu)
+    scores = _FLOAT32 * sizes.num_heads * rows * rows if written else 0
     unit = rows * setting.width
     # Only the backbone has any.
     adapting = _adapting_bytes(setting, rows) if stage == "compose" else 0
-    if scores <= CPU_SCORE_BYTES:
+    if scores <= SCORE_BYTES:
         return scores + int(unit * _times(_WHOLE, arrays)) + adapting // 2
-    chunked = CPU_SCORE_BYTES + int(unit * _times(_CHUNKED[stage], arrays))
+    chunked = SCORE_BYTES + int(unit * _times(_CHUNKED[stage], arrays))
     return max(chunked, int(unit * _times(_INNER, arrays[:2])) + adapting)
 
 

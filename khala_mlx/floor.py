@@ -18,7 +18,7 @@ from khala_mlx.backbone import Backbone
 from khala_mlx.codec import Codec, Conv, DecoderBlock
 from khala_mlx.halo import decoder_halo
 from khala_mlx.superres import SuperRes
-from khala_mlx.transformer import CPU_SCORE_BYTES
+from khala_mlx.transformer import SCORE_BYTES, writes_scores
 
 Kernel = Callable[[], Any]
 Layer = Callable[[mx.array], mx.array]
@@ -124,8 +124,9 @@ def _rest(layer: Any, attended: mx.array) -> mx.array:
 
 
 def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    rows = max(1, CPU_SCORE_BYTES // (4 * q.shape[0] * q.shape[1] * k.shape[2]))
-    if mx.default_device() != mx.cpu or q.shape[2] <= rows:
+    rows = max(1, SCORE_BYTES // (4 * q.shape[0] * q.shape[1] * k.shape[2]))
+    written = writes_scores(q.shape[3], on_cpu=mx.default_device() == mx.cpu)
+    if not written or q.shape[2] <= rows:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
     parts = []
     for first in range(0, q.shape[2], rows):

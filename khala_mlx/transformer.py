@@ -21,16 +21,23 @@ from khala_mlx.cache import attend_packed
 from khala_mlx.config import TransformerConfig
 from khala_mlx.errors import KhalaError
 
-# MLX's CPU attention writes all scores out: chunks of queries keep them under this many bytes.
-CPU_SCORE_BYTES = 64 * 2**20
+# Sizes of a head whose attention is one kernel on the GPU, however many queries there are.
+FUSED_HEADS = (64, 80, 128)
+# Elsewhere MLX writes all scores out: chunks of queries keep them under this many bytes.
+SCORE_BYTES = 64 * 2**20
 # The same while gradients are taken: some four times as much is held then, for several chunks.
-CPU_TRAINING_SCORE_BYTES = 16 * 2**20
+TRAINING_SCORE_BYTES = 16 * 2**20
 
 # Set to anything, this keeps to plain products: a fused kernel that is wrong on some GPU
 # (ml-explore/mlx#4022) can then be told from a fault elsewhere.
 MANUAL_ATTENTION = "KHALA_MANUAL_ATTENTION"
 # Rows of a pass from which on each layer is evaluated before the next.
 EVALUATED_ROWS = 256
+
+
+def writes_scores(head_dim: int, *, on_cpu: bool) -> bool:
+    """Whether MLX's attention over heads of this size writes its scores out, O(S^2) bytes."""
+    return on_cpu or head_dim not in FUSED_HEADS
 
 
 def attend(
@@ -44,19 +51,20 @@ def attend(
 ) -> mx.array:
     """Attention of queries [B, N, Q, D] over keys and values [B, G, S, D], G dividing N.
 
-    With `causal` the last query sees the last key. Fused on the GPU, where memory is O(S); on the
-    CPU backend the queries go in chunks, because the scores are written out there.
+    With `causal` the last query sees the last key. Memory is O(S): where the kernel writes the
+    scores out, the queries go in chunks.
     """
     mask = "causal" if causal and q.shape[2] > 1 else None
     row = 4 * q.shape[0] * q.shape[1] * k.shape[2]
-    rows = max(1, CPU_SCORE_BYTES // row)
+    rows = max(1, SCORE_BYTES // row)
     by_hand = bool(os.environ.get(MANUAL_ATTENTION))
     kernel = attend_by_hand if by_hand else mx.fast.scaled_dot_product_attention
-    if (mx.default_device() != mx.cpu and not by_hand) or q.shape[2] <= rows:
+    written = by_hand or writes_scores(q.shape[3], on_cpu=mx.default_device() == mx.cpu)
+    if not written or q.shape[2] <= rows:
         return kernel(q, k, v, scale=scale, mask=mask)
     if training:
         whole = partial(mx.fast.scaled_dot_product_attention, scale=scale, mask=mask)
-        rows = max(1, CPU_TRAINING_SCORE_BYTES // row)
+        rows = max(1, TRAINING_SCORE_BYTES // row)
         return in_chunks(whole, rows, causal=causal)(q, k, v)
     chunks = []
     for start in range(0, q.shape[2], rows):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_songs import random_adapter
 
-from khala_mlx import envelope
+from khala_mlx import envelope, transformer
 from khala_mlx.adapter import Adapter
 from khala_mlx.backbone import Backbone
 from khala_mlx.bench import random_config
@@ -21,7 +21,7 @@ from khala_mlx.config import (
     SuperResConfig,
     TokenLayout,
 )
-from khala_mlx.envelope import Setting
+from khala_mlx.envelope import Setting, refine_bytes
 from khala_mlx.lora import Adapters, put_on
 from khala_mlx.superres import SuperRes
 
@@ -211,6 +211,16 @@ def test_the_released_model() -> None:
     # Beyond the trained rows windows keep it where it is.
     longest = envelope.refine_bytes(config, cpu, 100, 8092)
     assert envelope.refine_bytes(config, cpu, 100, 20000) == longest
+
+
+def test_a_gpu_writes_the_scores_of_odd_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    released, metal = KhalaConfig(), Setting("bfloat16", on_cpu=False)
+    odd = replace(released, superres=replace(released.superres, head_dim=48))
+    written = refine_bytes(odd, metal, 100, 200)
+    # Longer songs have their scores written in chunks.
+    assert refine_bytes(odd, metal, 100, 6000) < 10 * refine_bytes(odd, metal, 100, 1500)
+    monkeypatch.setattr(transformer, "FUSED_HEADS", (48,))
+    assert written - refine_bytes(odd, metal, 100, 200) == 4 * 32 * 300**2
 
 
 def test_small_packed_parts_are_unpacked_on_the_cpu() -> None:

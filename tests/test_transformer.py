@@ -38,12 +38,12 @@ def test_attention_in_chunks_equals_plain(
     rng = np.random.default_rng(queries)
     shapes = [(2, 4, queries, 8), (2, 2, queries + before, 8), (2, 2, queries + before, 8)]
     q, k, v = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
-    kept, transformer.CPU_SCORE_BYTES = transformer.CPU_SCORE_BYTES, budget
+    kept, transformer.SCORE_BYTES = transformer.SCORE_BYTES, budget
     try:
         with patch.dict(os.environ, {transformer.MANUAL_ATTENTION: "1"} if by_hand else {}):
             ours = attend(*map(mx.array, (q, k, v)), scale=8**-0.5, causal=causal)
     finally:
-        transformer.CPU_SCORE_BYTES = kept
+        transformer.SCORE_BYTES = kept
     assert np.abs(np.array(ours) - plain_attention(q, k, v, causal)).max() < CLOSE
 
 
@@ -56,6 +56,25 @@ def test_attention_memory_is_bounded() -> None:
     mx.eval(attend(q, k, k, scale=0.25, causal=False))
     # All scores at once would be 16 * 2500**2 * 4 bytes = 400 MB.
     assert mx.get_peak_memory() - before < 200 * 2**20
+
+
+@pytest.mark.parametrize(("head_dim", "kernels"), [(64, 1), (48, 5), (96, 5)])
+def test_a_gpu_gets_chunks_of_heads_it_has_no_kernel_for(
+    head_dim: int, kernels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k = mx.random.normal((1, 4, 9, head_dim)), mx.random.normal((1, 2, 9, head_dim))
+    whole = attend(q, k, k, scale=0.1, causal=True)
+    kernel, calls = mx.fast.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        mx.fast, "scaled_dot_product_attention", lambda *a, **b: calls.append(1) or kernel(*a, **b)
+    )
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    # Two rows of scores.
+    monkeypatch.setattr(transformer, "SCORE_BYTES", 2 * 4 * 4 * 9)
+    chunked = attend(q, k, k, scale=0.1, causal=True)
+    monkeypatch.undo()
+    assert len(calls) == kernels
+    assert mx.abs(chunked - whole).max() < CLOSE
 
 
 def test_cached_steps_equal_one_pass(tiny: Khala) -> None:

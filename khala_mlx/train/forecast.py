@@ -14,13 +14,13 @@ from khala_mlx.config import KhalaConfig, TransformerConfig
 from khala_mlx.counts import transformer_bytes
 from khala_mlx.train.audio_nats import LOGIT_BYTES
 from khala_mlx.train.settings import LoraTraining
-from khala_mlx.transformer import CPU_SCORE_BYTES, CPU_TRAINING_SCORE_BYTES
+from khala_mlx.transformer import SCORE_BYTES, TRAINING_SCORE_BYTES, writes_scores
 
 # Adapters, their gradients and the optimiser's moments are float32 whatever the model is.
 _FLOAT32 = 4
 # Arrays [N, H] and [N, I] at work on the gradients of one layer.
 _HIDDEN_AT_WORK, _INNER_AT_WORK = 12, 6
-# The same for arrays as large as the attention scores (CPU only), or as a chunk of logits.
+# The same for arrays as large as the attention scores that are written out, or a chunk of logits.
 _SCORES_AT_WORK, _LOGITS_AT_WORK = 2.2, 3.2
 # Chunks begin before the memory of the ones before them is free.
 _SCORE_CHUNKS, _LOGIT_CHUNKS = 2, 3.4
@@ -67,14 +67,15 @@ def forecast(
     sizes, width = config.backbone, machine.width
     rows = shape[0] * shape[1]
     trained = settings.layers or sizes.num_layers
-    scores = _score_bytes(sizes, *shape) if machine.on_cpu else 0
-    chunked = scores > CPU_SCORE_BYTES
+    written = writes_scores(sizes.head_dim, on_cpu=machine.on_cpu)
+    scores = _score_bytes(sizes, *shape) if written else 0
+    chunked = scores > SCORE_BYTES
     layer = _layer_bytes(config, settings, rows, machine) + (0 if chunked else scores)
     # The inputs of the layers and the inside of one, or the inside of all.
     inputs = trained * rows * sizes.hidden_size * width
     kept = inputs + layer if settings.grad_checkpoint else trained * layer
     work = _work_bytes(sizes, settings, rows, machine)
-    work += _SCORE_CHUNKS * CPU_TRAINING_SCORE_BYTES if chunked else int(_SCORES_AT_WORK * scores)
+    work += _SCORE_CHUNKS * TRAINING_SCORE_BYTES if chunked else int(_SCORES_AT_WORK * scores)
     head, logits = _head_bytes(config, settings, rows, width)
     # While logits are at work no layer is, and with checkpointing the inside of none is there.
     logits -= layer if settings.grad_checkpoint else 0
