@@ -115,10 +115,9 @@ class Outlook:
         entries = _read(_path())
         known = entries.pop(self._key, {})
         # A stage that was passed twice counts as it was the first time.
-        found = {leg.stage: self._measured(leg) for leg in reversed(self._legs)}
-        for stage, measured in found.items():
-            if measured is not None:
-                known[self._name(stage)] = _mean(known.get(self._name(stage)), measured)
+        found = {leg.stage: taken for leg in reversed(self._legs) if (taken := self._measured(leg))}
+        for stage, taken in found.items():
+            known[self._name(stage)] = _mean(known.get(self._name(stage)), taken)
         if self._fresh and (made := self._made):
             known["length"] = _mean(known.get("length"), [statistics.mean(made) / self._nominal])
         entries[self._key] = known
