@@ -15,6 +15,7 @@ from khala_mlx.config import KhalaConfig
 from khala_mlx.convert import convert
 from khala_mlx.convert.partial import fetch_codec
 from khala_mlx.convert.source import Located, hub_patterns, layout_of
+from khala_mlx.envelope import Setting, weight_bytes
 from khala_mlx.errors import HubError, KhalaError
 from khala_mlx.files import appears_whole, check_absent
 from khala_mlx.names import is_plain_name, shown
@@ -60,15 +61,18 @@ def download(
     _require_consent(there, accept)
     wanted = _wanted(there)
     staging = _staging(there)
-    _require_space(there, wanted, staging)
+    layout = layout_of(wanted, repo)
+    finished = layout == _FINISHED and not how
+    # A model of our own layout is moved, not written again.
+    written = 0 if finished else _at_most_written(how.get("dtype", "bfloat16"))
+    _require_space(there, wanted, staging, written)
     staging.mkdir(parents=True, exist_ok=True)
     with appears_whole(staging / _LISTING, overwrite=True) as temporary:
         temporary.write_text(json.dumps(_plain(there)), encoding="utf-8")
     partial = _fetch_all(there, wanted, staging, on_progress)
     sums = {n: f.sha256 for n, f in there.files.items() if f.sha256}
-    layout = layout_of(wanted, repo)
     located = Located(staging, layout, repo, there.revision, sums, partial)
-    if layout == _FINISHED and not how:
+    if finished:
         _adopt(located, wanted, target)
     else:
         convert(located, target, on_progress=on_progress, **how)
@@ -178,12 +182,20 @@ def _require_consent(there: hub.Listing, accept: Callable[[str, str], bool]) -> 
         temporary.write_text(json.dumps(told, indent=2), encoding="utf-8")
 
 
-def _require_space(there: hub.Listing, wanted: list[str], staging: Path) -> None:
-    """The files and, beside them, at most as much again for the converted model."""
+def _at_most_written(dtype: str) -> int:
+    """Bytes of the released model in this dtype, the codec in float32; packed it has fewer."""
+    setting = Setting(dtype, on_cpu=False)
+    parts = ("backbone", "superres", "codec")
+    return sum(weight_bytes(KhalaConfig(), part, setting) for part in parts)
+
+
+def _require_space(there: hub.Listing, wanted: list[str], staging: Path, written: int) -> None:
+    """The files and, beside them, what is written, which is at most as much again."""
     folder = models_folder()
     parent = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     size = sum(there.files[name].size for name in wanted)
-    need = 2 * size - (_size(staging) if staging.is_dir() else 0) + _SPARE_BYTES
+    come = _size(staging) if staging.is_dir() else 0
+    need = size + min(size, written) - come + _SPARE_BYTES
     free = shutil.disk_usage(parent).free
     if free < need:
         raise KhalaError(

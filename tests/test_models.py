@@ -9,6 +9,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from khala_mlx.config import KhalaConfig
 from khala_mlx.convert import convert
 from khala_mlx.convert.partial import fetch_codec
 from khala_mlx.errors import ConvertError, HubError, KhalaError
+from khala_mlx.hub import Listing, RemoteFile
 from khala_mlx.weights import find_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::khala_mlx.errors.KhalaWarning")
@@ -236,11 +238,29 @@ def test_a_hub_without_parts_of_files(hub: FakeHub, sources: Path) -> None:
 
 
 @pytest.mark.parametrize("hub", ["khala"], indirect=True)
-def test_a_converted_model_is_taken_as_it_is(hub: FakeHub, sources: Path, home: Path) -> None:
+def test_a_converted_model_is_taken_as_it_is(
+    hub: FakeHub, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Room for it once: it is moved, not copied.
+    size = sum(map(len, hub.files.values())) + models._SPARE_BYTES
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, size))
     folder = models.download(REPO, accept=lambda *_: True)
     for name in ("backbone.safetensors", "config.json", "tokenizer.json"):
         assert (folder / name).read_bytes() == hub.files[name]
     assert not (folder / "pictures").exists()
+
+
+def test_the_released_model_needs_room_for_itself_and_the_converted_one(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Listing(REPO, SHA, {"all": RemoteFile(19 * 10**9)})
+    for dtype, need in (("bfloat16", 27.3e9), ("float32", 34.3e9)):
+        for free, fits in ((need - 3e8, False), (need + 3e8, True)):
+            usage = shutil._ntuple_diskusage(0, 0, int(free))
+            monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+            written = models._at_most_written(dtype)
+            with nullcontext() if fits else pytest.raises(KhalaError, match="make room"):
+                models._require_space(there, ["all"], home / "staging", written)
 
 
 def test_the_licence_is_asked_for_once(hub: FakeHub, sources: Path, home: Path) -> None:
