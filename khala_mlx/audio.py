@@ -21,6 +21,7 @@ import numpy.typing as npt
 from khala_mlx import tags as tagging
 from khala_mlx.errors import AudioError, KhalaWarning
 from khala_mlx.files import appears_whole, check_destination
+from khala_mlx.names import is_text
 
 # What a song is scaled down to when it would clip: the usual ceiling before lossy encoders.
 CEILING_DBFS = -1.0
@@ -50,6 +51,8 @@ def check_output(path: Path, bit_depth: str = "16") -> None:
         raise AudioError(
             f"{path} has to end in one of {', '.join(_SUBTYPES)}, the formats that can be written."
         )
+    if not is_text(path.name):
+        raise AudioError(f"{path.name!a} is no valid text, as the name of a song has to be.")
     depths = _SUBTYPES[path.suffix.lower()]
     if bit_depth not in depths:
         raise AudioError(

@@ -8,13 +8,14 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from khala_mlx import audio
 from khala_mlx.errors import KhalaError
-from khala_mlx.names import is_plain_name, listed, shown
+from khala_mlx.names import is_plain_name, is_text, listed, shown
 from khala_mlx.request import Request
 
 # What an entry may say beside the fields of a request.
@@ -116,8 +117,11 @@ def _csv_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     try:
         for row in reader:
             # A row longer than its header is kept under None.
-            told = {k: v for k, v in row.items() if v not in ("", None)}
-            yield reader.line_num, None if None in row else _typed(told)
+            if None in row:
+                yield reader.line_num, None
+            # Spreadsheets leave rows of nothing but commas: nobody asked for those songs.
+            elif told := {k: v for k, v in row.items() if v and v.strip()}:
+                yield reader.line_num, _typed(told)
     except csv.Error as error:
         raise KhalaError(f"{path} is no CSV file: {error}.") from error
 
@@ -148,11 +152,14 @@ def _entry(line: int, values: Any, suffix: str) -> Entry:
         return Entry(line, name, {}, {}, f"line {line} is no song: it has to be one JSON object.")
     known = {*_FIELDS, OUTPUT, *OF_THE_FILE}
     if unknown := sorted(str(each) for each in values if each not in known):
-        return Entry(line, name, {}, {}, f"line {line} has unknown fields: {listed(unknown)}.")
+        near = get_close_matches(unknown[0].replace("-", "_"), sorted(known), 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        error = f"line {line} has unknown fields: {listed(unknown)}.{hint}"
+        return Entry(line, name, {}, {}, error)
     output = values.get(OUTPUT, name)
     names = {each: values[each] for each in OF_THE_FILE if each in values}
     error = _wrong_name(line, output)
-    if not all(isinstance(text, str) for text in names.values()):
+    if not all(isinstance(text, str) and is_text(text) for text in names.values()):
         error = f"line {line}: title and artist have to be text."
     if error:
         return Entry(line, name, {}, {}, error)

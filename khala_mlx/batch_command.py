@@ -55,8 +55,10 @@ def batch(path: Path, out: Path, suffix: str, as_json: bool, **options: Any) -> 
 
     def stop_gently() -> bool:
         stopping.append(True)
+        if len(stopping) > 1:
+            return False
         click.echo("\nThe song at hand is finished first; Ctrl-C again stops at once.", err=True)
-        return len(stopping) == 1
+        return True
 
     with keep_awake(), on_interrupt(stop_gently):
         line = _Progress(len(entries), len(own))
@@ -91,11 +93,12 @@ def _own(khala: Any, processes: Any, entries: list[Any], out: Path) -> list[tupl
 def _state(output: Path) -> int:
     """How far the song of an output is on this machine."""
     from khala_mlx.batch import State
+    from khala_mlx.files import is_there
     from khala_mlx.song import take_path
 
-    if output.exists():
+    if is_there(output):
         return State.THERE
-    return State.BEGUN if take_path(output).exists() else State.ABSENT
+    return State.BEGUN if is_there(take_path(output)) else State.ABSENT
 
 
 def _made(khala: Any, entry: Any, out: Path, options: dict[str, Any], progress: Any) -> Any:
@@ -108,13 +111,15 @@ def _made(khala: Any, entry: Any, out: Path, options: dict[str, Any], progress: 
     try:
         return {**result, **_song(khala, entry, out / entry.output, options, progress)}
     except KhalaError as error:
-        return {**result, "state": "failed", "error": f"line {entry.line}: {error}"}
+        where = f"line {entry.line}: "
+        return {**result, "state": "failed", "error": where + str(error).removeprefix(where)}
 
 
 def _song(
     khala: Any, entry: Any, output: Path, options: dict[str, Any], progress: Any
 ) -> dict[str, Any]:
     from khala_mlx.audio import check_output
+    from khala_mlx.files import is_there
     from khala_mlx.song import check_free, take_path
     from khala_mlx.song_files import check_unfinished, finish_of, made, save_song
     from khala_mlx.take import Take
@@ -122,7 +127,7 @@ def _song(
     request = entry.request(secrets.randbelow(2**32))
     options = {**options, "title": "", "artist": "", **entry.names}
     check_output(output, finish_of(options).bit_depth)
-    begun = take_path(output).exists()
+    begun = is_there(take_path(output))
     if begun:
         take = Take.load(take_path(output))
         _require_same(take.request, entry, request)

@@ -105,6 +105,14 @@ def sweep(folder: Path) -> None:
                 _remove(folder / name)
 
 
+def is_there(path: Path) -> bool:
+    """Whether `path` exists; one that cannot, as its name is too long, does not."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def check_absent(destination: Path) -> None:
     """Refuse a destination that exists, dangling links included."""
     if os.path.lexists(destination):

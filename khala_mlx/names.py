@@ -26,6 +26,11 @@ def resuming(take: Path) -> str:
     return f"khala generate --resume {shlex.quote(str(take))}"
 
 
+def is_text(text: str) -> bool:
+    """Whether `text` can be written; JSON and the command line can give halves of characters."""
+    return not any("\ud800" <= each <= "\udfff" for each in text)
+
+
 def is_plain_name(name: str) -> bool:
     """Whether `name` is a file's name that cannot lead out of its folder."""
     return name not in ("", ".", "..") and not set(name) & set("/\\\0")

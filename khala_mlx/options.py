@@ -10,7 +10,21 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from khala_mlx.names import is_text
+
 FILE = click.Path(path_type=Path)
+
+
+class Text(click.types.StringParamType):
+    """Text that can be written into a file; arguments may hold bytes that are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = super().convert(value, param, ctx)
+        if not is_text(str(text)):
+            self.fail("it is no valid text.", param, ctx)
+        return text
+
+
 # The names of the options of `finish_options`, which are those of finish.Finish.
 FINISH = ("normalize", "loudness", "fade", "bit_depth")
 # What a take records of how its song is to be written, so that finishing it needs no options.
@@ -62,8 +76,10 @@ finish_options = together(
     click.option("--fade", type=float, default=0.0, metavar="SECONDS", help="Fade the end out."),
 )
 tag_options = together(
-    click.option("--title", default="", help="For the file's tags.  [default: the prompt]"),
-    click.option("--artist", default="", help="For the file's tags."),
+    click.option(
+        "--title", type=Text(), default="", help="For the file's tags.  [default: the prompt]"
+    ),
+    click.option("--artist", type=Text(), default="", help="For the file's tags."),
 )
 output_option = click.option(
     "--output", "-o", type=FILE, help="wav, flac, ogg or mp3.  [default: song.wav]"

@@ -91,7 +91,9 @@ class Outlook:
         self._fresh = not any(take.layers for take in takes)
         self._legs = self._all_legs(layers, best)
         self._at, self._end = -1, clock()
-        self._known = _read(_path()).get(self._key, {})
+        self._known = {}
+        with suppress(KhalaError):
+            self._known = _read(_path()).get(self._key, {})
         # Start and pace of stages that were passed once.
         self._passed: dict[str, list[float]] = {}
         # How much slower than foretold the machine is, and was before the running leg.
@@ -112,7 +114,11 @@ class Outlook:
 
     def keep(self) -> None:
         """Let songs to come know how fast these were; a cache that cannot be written stays."""
-        entries = _read(_path())
+        with suppress(KhalaError):
+            self._keep(_path())
+
+    def _keep(self, path: Path) -> None:
+        entries = _read(path)
         known = entries.pop(self._key, {})
         # A stage that was passed twice counts as it was the first time.
         found = {leg.stage: taken for leg in reversed(self._legs) if (taken := self._measured(leg))}
@@ -122,7 +128,7 @@ class Outlook:
             known["length"] = _mean(known.get("length"), [statistics.mean(made) / self._nominal])
         entries[self._key] = known
         newest = dict(list(entries.items())[-_MOST_ENTRIES:])
-        with suppress(KhalaError), appears_whole(_path(), overwrite=True) as temporary:
+        with appears_whole(path, overwrite=True) as temporary:
             temporary.write_text(json.dumps(newest))
 
     def _all_legs(self, layers: int | None, best: int) -> list[_Leg]:

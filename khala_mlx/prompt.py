@@ -21,7 +21,7 @@ import numpy as np
 from khala_mlx.cleaning import clean_lyrics
 from khala_mlx.config import KhalaConfig, TokenLayout
 from khala_mlx.errors import KhalaWarning, PromptError
-from khala_mlx.names import shown
+from khala_mlx.names import is_text, shown
 from khala_mlx.tokenizer import minutes_special
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def _check_type(name: str, value: object, wanted: type) -> None:
     elif not isinstance(value, wanted):
         kind = "text" if wanted is str else "True or False"
         raise PromptError(f"{name} has to be {kind}, got {shown(value)}.")
-    elif isinstance(value, str) and any(unicodedata.category(c) == "Cs" for c in value):
+    elif isinstance(value, str) and not is_text(value):
         raise PromptError(f"{name} is no valid text: it holds a lone surrogate.")
 
 

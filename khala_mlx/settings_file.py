@@ -7,7 +7,6 @@ loudness = -14
 
 from __future__ import annotations
 
-import os
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,23 +14,27 @@ from typing import Any
 
 import click
 
+from khala_mlx.errors import KhalaError
 from khala_mlx.names import shown
+from khala_mlx.places import named_settings
 
 
 def settings_path() -> Path:
     """KHALA_CONFIG, or config.toml where the platform keeps such files."""
-    if given := os.environ.get("KHALA_CONFIG"):
-        return Path(given).expanduser()
-    return Path(click.get_app_dir("khala")) / "config.toml"
+    return named_settings() or Path(click.get_app_dir("khala")) / "config.toml"
 
 
 def read_settings(main: click.Group, path: Path | None = None) -> dict[str, Any]:
     """The defaults of the file for each command, as click's default_map.
 
     Raises:
-        click.UsageError: if it is no TOML, or names a command or an option that does not exist.
+        click.UsageError: if it is no TOML, names a command or an option that does not exist, or
+            gives an option what it cannot have.
     """
-    path = path or settings_path()
+    try:
+        path = path or settings_path()
+    except KhalaError as error:
+        raise click.UsageError(str(error)) from error
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -47,7 +50,9 @@ def _checked(group: click.Group, data: dict[str, Any], where: str) -> dict[str, 
     found = {}
     for name, table in data.items():
         command = group.commands.get(name)
-        if command is None or not isinstance(table, dict):
+        if command is not None and not isinstance(table, dict):
+            raise click.UsageError(f"{where}: {name!r} has to be a table, [{name}].")
+        if command is None:
             raise click.UsageError(_unknown(name, list(group.commands), f"{where}: command"))
         if isinstance(command, click.Group):
             found[name] = _checked(command, table, where)
@@ -68,11 +73,23 @@ def _options(command: click.Command, table: dict[str, Any], where: str) -> dict[
         parameter = names.get(name)
         if parameter is None or parameter.name is None:
             raise click.UsageError(_unknown(name, list(names), f"{where}: option"))
-        if isinstance(value, dict) or (isinstance(value, list) and not parameter.multiple):
-            raise click.UsageError(f"{where}: {shown(name)} has to be one value.")
-        # As it would stand on the command line; switches are true or false.
-        found[parameter.name] = value if isinstance(value, (bool, list)) else str(value)
+        found[parameter.name] = _value(parameter, value, f"{where}: {shown(name)}")
     return found
+
+
+def _value(parameter: click.Option, value: Any, where: str) -> Any:
+    """As it would stand on the command line; switches are true or false."""
+    if parameter.multiple:
+        return [_one(each, where) for each in (value if isinstance(value, list) else [value])]
+    return value if parameter.is_flag and isinstance(value, bool) else _one(value, where)
+
+
+def _one(value: Any, where: str) -> str:
+    if isinstance(value, (dict, list)):
+        raise click.UsageError(f"{where} has to be one value.")
+    if isinstance(value, bool):
+        raise click.UsageError(f"{where} is no switch: it cannot be {str(value).lower()}.")
+    return str(value)
 
 
 def _unknown(name: str, known: list[str], what: str) -> str:

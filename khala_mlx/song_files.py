@@ -208,6 +208,7 @@ def of_the_file(options: dict[str, Any], output: Path) -> dict[str, Any]:
 def save_song(song: Song, output: Path, options: dict[str, Any]) -> None:
     """Write the three files of a song whose take is beside `output` already."""
     song.save(output, **{name: options[name] for name in OF_THE_FILE}, finishing=True)
+    when_stopped("")
 
 
 def made(

@@ -74,7 +74,8 @@ class Take:
     def suffix(self) -> str:
         """The format its sound is to have, .wav unless it tells of another."""
         suffix = self.options.get("suffix")
-        return suffix if suffix in SUFFIXES else ".wav"
+        known = isinstance(suffix, str) and suffix.lower() in SUFFIXES
+        return str(suffix) if known else ".wav"
 
     @property
     def whole(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
 import os
@@ -36,8 +37,8 @@ _hints: list[str] = []
 
 
 def when_stopped(hint: str) -> None:
-    """Let Ctrl-C say how to go on from now on."""
-    _hints[:] = [hint]
+    """Let Ctrl-C say how to go on from now on; nothing where all is written."""
+    _hints[:] = [hint] if hint else []
 
 
 class OneLineErrors(click.Group):
@@ -46,6 +47,9 @@ class OneLineErrors(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """As click's, for the console script: always ends in SystemExit."""
         kwargs["standalone_mode"] = False
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A name that this terminal cannot show must not fail a song that is written.
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             code = super().main(*args, **kwargs)
         except click.exceptions.NoArgsIsHelpError as error:

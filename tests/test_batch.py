@@ -73,6 +73,33 @@ def test_a_list_is_made_and_errors_stay_with_their_song(tiny_folder: Path) -> No
     assert not Path("evil.wav").exists()
 
 
+def test_names_that_cannot_be_are_errors_of_their_own_lines(tiny_folder: Path) -> None:
+    path = write(
+        {**SHORT, "output": "x" * 300 + ".wav"},
+        {**SHORT, "output": "y" * 240 + ".wav"},
+        {**SHORT, "title": "\ud800"},
+        {"min-seconds": 1},
+        {"minutes": None},
+        {**SHORT, "output": "last.wav"},
+    )
+    result = batch(tiny_folder, path, "--json")
+    told = json.loads(result.stdout)
+    assert [each["state"] for each in told["songs"]] == ["failed"] * 5 + ["made"]
+    errors = [each["error"] for each in told["songs"][:5]]
+    sentences = ["too long", "too long", "to be text", "Did you mean 'min_seconds'?", "minutes"]
+    for error, sentence in zip(errors, sentences, strict=True):
+        assert sentence in error
+        assert error.count("line ") == 1
+
+
+def test_empty_rows_of_a_spreadsheet_are_no_songs() -> None:
+    Path("a.csv").write_text("tags,minutes,lyrics\npop,1,la\n,,\n , ,\n,,\nrock,,\n\n")
+    assert [entry.values for entry in read_list(Path("a.csv"))] == [
+        {"tags": "pop", "minutes": 1, "lyrics": "la"},
+        {"tags": "rock"},
+    ]
+
+
 def test_the_same_command_again_makes_what_is_missing(tiny_folder: Path) -> None:
     path = write({**SHORT, "tags": "pop", "output": "a.wav"}, {**SHORT, "output": "b.wav"})
     assert batch(tiny_folder, path).exit_code == 0
@@ -223,6 +250,7 @@ def test_ctrl_c_twice_stops(tiny_folder: Path) -> None:
     assert time.monotonic() - began < 1.4
     assert process.returncode == 1
     assert "Stopped" in stderr
+    assert stderr.count("finished first") == 1
     assert not Path("a.wav").exists()
 
 

@@ -60,11 +60,15 @@ def test_what_a_song_recorded_goes_before_the_defaults(tiny_folder: Path) -> Non
     [
         ("[generate]\ntag = 'a'", "option 'tag' does not exist. Did you mean 'tags'?"),
         ("[genrate]\ntags = 'a'", "command 'genrate' does not exist. Did you mean 'generate'?"),
-        ("generate = 3", "'generate' does not exist"),
+        ("generate = 3", "'generate' has to be a table"),
         ("[generate", "no TOML"),
         ("[generate]\ntags = ['a']", "one value"),
         ("[generate]\nminutes = 'two'", "--minutes"),
         ("[models.list]\njason = true", "Did you mean 'json'?"),
+        ("[generate]\nadapter = [['a']]", "[generate]: adapter has to be one value"),
+        ("[generate]\nadapter = [true]", "adapter is no switch"),
+        ("[generate]\nlyrics-file = true", "lyrics-file is no switch"),
+        ("[generate]\nseed = true", "seed is no switch"),
     ],
 )
 def test_wrong_files(text: str, sentence: str) -> None:
@@ -73,6 +77,27 @@ def test_wrong_files(text: str, sentence: str) -> None:
     assert result.exit_code == 2
     assert sentence in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_one_of_several_needs_no_list(tiny_folder: Path) -> None:
+    Path("config.toml").write_text("[generate]\nadapter = 'nowhere'\nadapter-scale = 0.5\n")
+    assert "no adapter nowhere" in run("generate", "-m", tiny_folder, "--dry-run").stderr
+
+
+def test_folders_of_users_who_are_not_here(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KHALA_CONFIG", "~nobody-of-this-name/config.toml")
+    result = run("generate", "--dry-run")
+    assert (result.exit_code, "KHALA_CONFIG names the home" in result.stderr) == (2, True)
+    monkeypatch.delenv("KHALA_CONFIG")
+    monkeypatch.setenv("KHALA_MODELS", "~nobody-of-this-name/models")
+    assert "KHALA_MODELS names the home" in run("models", "list").stderr
+    monkeypatch.delenv("KHALA_MODELS")
+    # What songs took is nothing that one fails for.
+    monkeypatch.setenv("KHALA_CACHE", "~nobody-of-this-name")
+    monkeypatch.setenv("KHALA_MODELS", "models")
+    assert run("generate", "-m", tiny_folder, *SHORT, "-o", "a.wav").exit_code == 0
 
 
 def test_a_file_that_cannot_be_read() -> None:

@@ -231,3 +231,26 @@ def test_what_is_told_to_type_can_be_typed_whatever_the_name(tiny_folder: Path) 
     told = json.loads(generate(tiny_folder, "-o", "my 'song.wav", "--draft", "4", "--json").stdout)
     assert run(*shlex.split(told["finish"])[1:]).exit_code == 0
     assert Path("my 'song.wav").is_file()
+
+
+@pytest.mark.parametrize("option", [["-o", "a\udcff.wav"], ["--title", "\udcff"]])
+def test_what_is_no_text_is_refused_before_any_work(tiny_folder: Path, option: list[str]) -> None:
+    result = run("generate", "-m", tiny_folder, *SHORT, *option)
+    assert result.exit_code != 0
+    assert "is no valid text" in result.stderr
+    assert names() == []
+
+
+def test_once_all_is_written_there_is_nothing_to_go_on_with(tiny_folder: Path) -> None:
+    from khala_mlx import terminal
+
+    generate(tiny_folder, "-o", "a.wav", "--draft", "4")
+    assert terminal._hints == ["Go on with `khala generate --resume a.take.safetensors`."]
+    run("generate", "--resume", "a.take.safetensors")
+    assert terminal._hints == []
+
+
+def test_a_suffix_in_capitals_is_kept(tiny_folder: Path) -> None:
+    generate(tiny_folder, "-o", "a.FLAC", "--draft", "4")
+    assert run("generate", "--resume", "a.take.safetensors").exit_code == 0
+    assert "a.FLAC" in names()
