@@ -22,6 +22,8 @@ from khala_mlx.pipeline import Khala
 FILE = "goldens.safetensors"
 _PROMPT = {"tags": "waltz, slow, happy", "lyrics": "do re mi\nfa sol la", "minutes": 1}
 _FRAMES = 16
+# Far more than the prompt has in any tokenizer.
+_MOST_IDS = 1000
 # Superres runs once for each layer that is compared, not for all.
 _LAYERS = 6
 # Beyond these a stage computes something else (measured: docs/parity.md). The share of equal best
@@ -106,7 +108,28 @@ def _read(khala: Khala) -> dict[str, np.ndarray]:
     tokens.check_codes(
         arrays["codes"], layers=layout.num_codebooks, codebook_size=layout.codebook_size
     )
+    if not _fit_together(arrays, khala):
+        raise KhalaError(f"{path} is damaged: remove it and record it anew.")
     return arrays
+
+
+def _fit_together(arrays: dict[str, np.ndarray], khala: Khala) -> bool:
+    """Whether goldens have the shapes that `record` gives them, and numbers that are some."""
+    layout, codec = khala.config.tokens, khala.config.codec
+    frames, codes = arrays["codes"].shape[1], layout.codebook_size
+    shapes = {
+        "backbone": (frames * layout.num_coarse, codes),
+        "superres": (frames * _LAYERS, codes),
+        "wave": (frames * codec.hop, codec.channels),
+    }
+    return (
+        frames == _FRAMES
+        and all(arrays[name].shape == shape for name, shape in shapes.items())
+        and all(arrays[name].dtype.kind == "f" for name in shapes)
+        and all(np.isfinite(arrays[name]).all() for name in shapes)
+        and all(0 < arrays[f"{part}_ids"].size <= _MOST_IDS for part in MOST_NATS)
+        and all(arrays[f"{part}_ids"].ndim == 1 for part in MOST_NATS)
+    )
 
 
 def _backbone_nats(khala: Khala, ids: np.ndarray, codes: np.ndarray) -> np.ndarray:

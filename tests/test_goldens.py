@@ -141,3 +141,32 @@ def test_goldens_of_other_weights(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / goldens.FILE, other / goldens.FILE)
     with pytest.raises(KhalaError, match="of other weights"):
         goldens.check(Khala.from_pretrained(other))
+
+
+DAMAGES: list[dict[str, Callable[[np.ndarray], np.ndarray]]] = [
+    {"backbone": lambda x: np.where(np.arange(x.size).reshape(x.shape) == 3, np.nan, x)},
+    {"superres": lambda x: np.where(np.arange(x.size).reshape(x.shape) == 3, -np.inf, x)},
+    {"backbone": lambda x: x[:5]},
+    {"backbone_ids": lambda x: x[None]},
+    {"backbone_ids": lambda x: x[:0]},
+    {"codes": lambda x: np.tile(x, (1, 3000))},
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_goldens_never_hold(
+    folder: Path, damage: dict[str, Callable[[np.ndarray], np.ndarray]]
+) -> None:
+    from safetensors import safe_open
+    from safetensors.numpy import load_file, save_file
+
+    khala = Khala.from_pretrained(folder)
+    path = goldens.record(khala)
+    with safe_open(path, framework="np") as file:
+        about = file.metadata()
+    arrays = load_file(path)
+    changed = {name: np.ascontiguousarray(of(arrays[name])) for name, of in damage.items()}
+    kept = {name: a.astype(arrays[name].dtype) for name, a in changed.items()}
+    save_file({**arrays, **kept}, path, about)
+    with pytest.raises(KhalaError, match="is damaged"):
+        goldens.check(khala)
