@@ -175,15 +175,22 @@ def listing(repo: str, revision: str | None = None) -> Listing:
     try:
         with _quietly():
             info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
+        return _listed(repo, info)
     except Exception as error:
         raise _unreachable(repo, error) or _told(repo, error) from error
+
+
+def _listed(repo: str, info: Any) -> Listing:
+    """What the Hub, or what calls itself that, told of a repository."""
     files = {
-        each.rfilename: RemoteFile(each.size or 0, each.lfs.sha256 if each.lfs else None)
+        str(each.rfilename): RemoteFile(int(each.size or 0), each.lfs.sha256 if each.lfs else None)
         for each in info.siblings or []
     }
-    tags = (tag.partition(":") for tag in info.tags or [])
+    tags = (str(tag).partition(":") for tag in info.tags or [])
     licence = next((value for kind, _, value in tags if kind == "license"), "unknown")
-    return Listing(repo, str(info.sha), files, licence)
+    if not isinstance(info.sha, str):
+        raise TypeError("no revision")
+    return Listing(repo, info.sha, files, shown(licence))
 
 
 def fetch(

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ Progress = Callable[[str, int, int], None]
 # What has come of models that are not whole yet, and which licences were accepted.
 _STAGING, _LICENCES = ".downloads", ".licences.json"
 _LISTING = ".listing.json"
+_IN_THE_BOX = "demo"
 # Only of Lightning's checkpoint most bytes are not needed.
 _PARTIAL = "*.ckpt"
 # A model of our own layout is used as it is.
@@ -55,6 +57,8 @@ def download(
         KhalaError: in one sentence. What has come stays: the next call goes on from there.
     """
     name = checked_name(name or model_name(repo))
+    if name == _IN_THE_BOX:
+        raise KhalaError(f"{name} is the model in the box: choose another --name.")
     target = models_folder() / name
     check_absent(target)
     there = _listing(repo, revision)
@@ -85,7 +89,7 @@ def models() -> list[dict[str, Any]]:
     from khala_mlx.weights import find_model
 
     folder = models_folder()
-    found = [("demo", find_model("demo"))]
+    found = [(_IN_THE_BOX, find_model(_IN_THE_BOX))]
     if folder.is_dir():
         found += [(p.name, p) for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
     return [_described(name, path) for name, path in found if path.is_dir()]
@@ -99,7 +103,7 @@ def remove(name: str) -> int:
     """
     name = checked_name(model_name(name))
     folder = models_folder()
-    path, staged = folder / name, list((folder / _STAGING).glob(f"{name}@*"))
+    path, staged = folder / name, list((folder / _STAGING).glob(f"{escape(name)}@*"))
     if not (path.is_dir() or path.is_symlink() or staged):
         raise KhalaError(f"There is no model {shown(name)} in {folder}.")
     freed = 0
@@ -155,6 +159,9 @@ def _read_listing(path: Path) -> hub.Listing | None:
 def _wanted(there: hub.Listing) -> list[str]:
     patterns = hub_patterns(there.files, there.repo)
     names = [n for n in there.files if any(fnmatch(n, pattern) for pattern in patterns)]
+    if layout_of(there.files, there.repo) == _FINISHED:
+        # What lies deeper, an adapter perhaps, is no part of the model.
+        names = [n for n in names if "/" not in n]
     for name in names:
         if not all(map(is_plain_name, name.split("/"))):
             raise HubError(f"{shown(there.repo)} holds a file with the name {shown(name)}.")

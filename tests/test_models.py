@@ -403,3 +403,44 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
 def test_ranges_of_the_hub(hub: FakeHub) -> None:
     data = hub.files[CODEC]
     assert hubs.read_range(REPO, SHA, CODEC, 5, 50) == data[5:50]
+
+
+@pytest.mark.parametrize("hub", ["khala"], indirect=True)
+def test_what_lies_deeper_is_no_part_of_a_converted_model(hub: FakeHub) -> None:
+    hub.files["adapters/jazz.safetensors"] = b"x"
+    folder = models.download(REPO, accept=lambda *_: True)
+    assert (folder / "config.json").is_file()
+    assert not (folder / "adapters").exists()
+    assert hub.sent["adapters/jazz.safetensors"] == 0
+
+
+def test_no_model_takes_the_name_of_the_one_in_the_box(hub: FakeHub, sources: Path) -> None:
+    with pytest.raises(KhalaError, match="demo is the model in the box"):
+        fetched(sources, name="demo")
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("wrong", [{"siblings": [{"rfilename": "a", "size": "b"}]}, {"sha": None}])
+def test_an_endpoint_that_tells_nonsense(
+    hub: FakeHub, sources: Path, wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = {**hub.info(), **wrong}
+    monkeypatch.setattr(hub, "info", lambda: info)
+    with pytest.raises(HubError, match="cannot be fetched"):
+        fetched(sources)
+
+
+def test_a_licence_cannot_steer_the_terminal(hub: FakeHub, sources: Path) -> None:
+    hub.licence = "a\x1b[31m\nb"
+    asked: list[str] = []
+    with pytest.raises(KhalaError, match="not accepted"):
+        models.download(REPO, accept=lambda _, licence: bool(asked.append(licence)))
+    assert asked[0].isprintable()
+
+
+def test_only_what_has_come_of_the_model_itself_is_removed(home: Path) -> None:
+    (home / ".downloads" / "someone--khala@0").mkdir(parents=True)
+    with pytest.raises(KhalaError, match="There is no model"):
+        models.remove("someone--khal?")
+    models.remove("someone/khala")
+    assert not list((home / ".downloads").iterdir())
