@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import json
@@ -23,6 +24,7 @@ import click
 from khala_mlx import keys
 from khala_mlx.errors import KhalaError, KhalaWarning
 from khala_mlx.files import discard_unfinished
+from khala_mlx.names import shown
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -170,6 +172,8 @@ def _fail(error: BaseException) -> None:
         message = str(error)
     elif isinstance(error, MemoryError):
         message = "There is not enough memory for this."
+    elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        message = f"A file's name cannot be so long: {shown(error.filename)}"
     else:
         detail = " ".join(str(error).split())
         kind = type(error).__name__

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from khala_mlx import hub
 from khala_mlx.config import WEIGHTS_LICENCE, KhalaConfig
 from khala_mlx.errors import KhalaWarning, WeightsError
-from khala_mlx.names import is_plain_name, listed
+from khala_mlx.names import is_plain_name, listed, shown
 from khala_mlx.places import model_name, models_folder
 
 PARTS = ("backbone", "superres", "codec")
@@ -41,9 +41,12 @@ def find_model(source: str | Path) -> Path:
         return Path(__file__).parent / "demo"
     try:
         path = Path(source).expanduser()
+        is_file = path.is_file()
     except RuntimeError as error:
         raise WeightsError(f"There is no model folder {source}, nor such a user.") from error
-    if path.is_file():
+    except OSError as error:
+        raise WeightsError(f"{shown(source)} is no model folder: {error.strerror}.") from error
+    if is_file:
         raise WeightsError(f"{path} is a file; a model is a folder made by `khala convert`.")
     downloaded = models_folder() / model_name(str(source))
     if not path.exists() and is_plain_name(downloaded.name) and downloaded.is_dir():

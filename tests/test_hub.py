@@ -44,3 +44,9 @@ def test_the_hubs_refusal_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names_that_are_neither_folder_nor_repository(name: str) -> None:
     with pytest.raises(KhalaError, match="There is no model folder"):
         Khala.from_pretrained(name)
+
+
+def test_a_name_too_long_for_any_file() -> None:
+    with pytest.raises(KhalaError, match="is no model folder") as error:
+        Khala.from_pretrained("a" * 5000)
+    assert len(str(error.value)) < 300

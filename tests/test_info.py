@@ -93,6 +93,13 @@ def test_json_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
+def test_names_too_long_for_any_file() -> None:
+    result = info("a" * 5000)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: A file's name cannot be so long: aaa")
+    assert len(result.stderr) < 300
+
+
 def test_names_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"\xff.wav")
     try:
