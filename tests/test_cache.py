@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from khala_mlx.cache import keep_rows, make_cache, spread
+from khala_mlx.cache import attend_packed, keep_rows, make_cache, spread
 
 
 def filled(tokens: int) -> list:
@@ -38,6 +38,18 @@ def test_spreading_and_keeping_rows() -> None:
     assert np.array_equal(values[:, 0, 5:, 0], [[0, 1, 2]] * 2)
     # The room for more is still there.
     assert batch[1].keys.shape[2] == 20
+
+
+def test_packed_heads_that_a_gpu_gets_wrong_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache,) = make_cache(1, 20, kv_bits=8, head_dim=96)
+    k, v = (mx.random.normal((2, 2, 9, 96), key=mx.random.key(n)) for n in range(2))
+    known, q = cache.update_and_fetch(k, v), mx.random.normal((2, 4, 1, 96))
+    expected = attend_packed(mx.array(q), *known, cache, scale=0.1)
+    mx.eval(expected)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "quantized_matmul", None)
+    unpacked = attend_packed(mx.array(q), *known, cache, scale=0.1)
+    assert mx.abs(unpacked - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("kv_bits", [4, 8])
