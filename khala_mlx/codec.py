@@ -207,7 +207,8 @@ class Codec(nn.Module):
 
         Raises:
             AudioError: if the samples have another shape or type, are none, or are not finite.
-            KhalaError: if chunk_frames is no whole number above 0.
+            KhalaError: if chunk_frames is no whole number above 0, or the device returns no usable
+                latents.
         """
         config = self.config
         waveform = _checked_waveform(waveform, config.channels)
@@ -315,12 +316,17 @@ class Codec(nn.Module):
         part = waveform[window.start * hop : window.stop * hop]
         part = np.pad(part, [(0, (window.stop - window.start) * hop - len(part)), (0, 0)])
         latents = self.encoder(mx.array(part)[None])[0]
+        found = np.array(latents.astype(mx.float32))
+        # A GPU that is out of memory returns zeros (ml-explore/mlx#3979).
+        if not np.isfinite(found).all() or (part.any() and not found.any()):
+            raise KhalaError(
+                "The codec made no usable latents: the device is out of memory (try a smaller "
+                "chunk_frames)."
+            )
         first, last = window.inside()
-        latents = latents[first:last]
-        mx.eval(latents)
         # On the CPU: some GPUs multiply float32 with 10-bit mantissas, and near codes would swap.
         with mx.stream(mx.cpu):
-            return np.array(self.quantizer.encode(latents))
+            return np.array(self.quantizer.encode(latents[first:last]))
 
 
 def default_chunk(config: CodecConfig) -> int:

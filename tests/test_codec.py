@@ -451,6 +451,24 @@ def test_broken_samples_are_refused(value: float) -> None:
         codec.decode(random_codes(codec, 3))
 
 
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_broken_latents_are_refused(value: float) -> None:
+    codec = tiny_codec()
+    last = codec.encoder.conv_out
+    last.weight = mx.zeros_like(last.weight)
+    last.bias = mx.full(last.bias.shape, value)
+    with pytest.raises(KhalaError, match="no usable latents"):
+        codec.encode(random_wave(codec, 300))
+
+
+def test_silence_is_encoded() -> None:
+    codec = tiny_codec()
+    silent = np.zeros((30 * codec.config.hop, 2), np.float32)
+    assert codec.encode(silent, chunk_frames=4).shape[1] == 30
+    silent[-1] = 0.5
+    assert codec.encode(silent, chunk_frames=4).shape[1] == 30
+
+
 def test_other_floats_and_lists_are_taken() -> None:
     codec = tiny_codec()
     wave = np.random.default_rng(0).uniform(-0.1, 0.1, (300, 2))
