@@ -110,9 +110,11 @@ def _made(khala: Any, entry: Any, out: Path, options: dict[str, Any], progress: 
         return {**result, "state": "failed", "error": entry.error}
     try:
         return {**result, **_song(khala, entry, out / entry.output, options, progress)}
-    except KhalaError as error:
+    # MLX tells with the latter that memory is short, which it need not be for the next song.
+    except (KhalaError, RuntimeError) as error:
         where = f"line {entry.line}: "
-        return {**result, "state": "failed", "error": where + str(error).removeprefix(where)}
+        why = " ".join(str(error).split()).removeprefix(where)
+        return {**result, "state": "failed", "error": where + why}
 
 
 def _song(

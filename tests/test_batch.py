@@ -17,6 +17,7 @@ from launching import alone, launched, needs_ring
 from khala_mlx.awake import keep_awake
 from khala_mlx.batch import State, owners, read_list
 from khala_mlx.cli import main
+from khala_mlx.codec import Codec
 from khala_mlx.errors import KhalaError
 
 SHORT = {"seconds": 0.1, "min_seconds": 0.1}
@@ -98,6 +99,22 @@ def test_empty_rows_of_a_spreadsheet_are_no_songs() -> None:
         {"tags": "pop", "minutes": 1, "lyrics": "la"},
         {"tags": "rock"},
     ]
+
+
+def test_short_memory_for_one_song_leaves_the_others(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    render = Codec.decode
+
+    def short_once(self: Codec, *rest: Any, **named: Any) -> Any:
+        monkeypatch.setattr(Codec, "decode", render)
+        raise RuntimeError("[metal::malloc] Resource limit exceeded.")
+
+    monkeypatch.setattr(Codec, "decode", short_once)
+    result = batch(tiny_folder, write({**SHORT, "seed": 1}, {**SHORT, "seed": 2}), "--json")
+    first, second = json.loads(result.stdout)["songs"]
+    assert (first["state"], second["state"]) == ("failed", "made")
+    assert first["error"] == "line 1: [metal::malloc] Resource limit exceeded."
 
 
 def test_the_same_command_again_makes_what_is_missing(tiny_folder: Path) -> None:
