@@ -97,20 +97,27 @@ def frames_of_a_block(codec: Codec, chunk_frames: int) -> int:
 
 def _block(block: DecoderBlock, x: mx.array) -> mx.array:
     up = block.up
-    taps = up.weight.transpose(2, 1, 0).reshape(x.shape[2], -1)
     # Every row meets each tap; which sums make a sample is no arithmetic.
-    y = block.snake(x) @ taps
+    x = block.snake(x)
+    y = mx.concatenate([x @ up.weight[:, tap].T for tap in range(2 * up.stride)], axis=-1)
     x = y.reshape(x.shape[0], 2 * up.stride * x.shape[1], -1)[:, : up.stride * x.shape[1]]
+    # In pieces small enough for the processor's cache.
+    rows = max(1, ops.TILE[ops.device_form()] // (x.shape[0] * x.shape[2]))
+    tiles = [x[:, first : first + rows] for first in range(0, x.shape[1], rows)]
     for unit in block.units:
-        x = _conv(unit.conv2, unit.snake2(_conv(unit.conv1, unit.snake1(x))))
-    return x
+        tiles = [_conv(unit.conv2, unit.snake2(_conv(unit.conv1, unit.snake1(t)))) for t in tiles]
+    return mx.concatenate(tiles, axis=1)
 
 
 def _conv(conv: Conv, x: mx.array) -> mx.array:
     if ops.device_form() == "gpu":
         return ops.conv1d(x, conv.weight, padding=conv.padding, dilation=conv.dilation)
+    out, taps, width = conv.weight.shape
+    if x.shape[0] * x.shape[1] <= out:
+        # Of few rows one product of all taps is faster.
+        return mx.concatenate([x] * taps, axis=-1) @ conv.weight.reshape(out, taps * width).T
     y = x @ conv.weight[:, 0].T
-    for tap in range(1, conv.weight.shape[1]):
+    for tap in range(1, taps):
         y = mx.addmm(y, x, conv.weight[:, tap].T)
     return y
 
