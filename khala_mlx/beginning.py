@@ -57,7 +57,8 @@ def read_beginning(
     told = {
         "file": clean(source.name),
         "frames": frames,
-        "seconds": round(frames / khala.config.codec.frame_rate, 3),
+        # Up, so that `until` these seconds are so many frames again.
+        "seconds": math.ceil(1000 * frames / khala.config.codec.frame_rate) / 1000,
         "codes_sha256": hashlib.sha256(codes.astype("<i4").tobytes()).hexdigest(),
     }
     return Beginning(codes, request, told)

@@ -147,7 +147,7 @@ def generate(**options: Any) -> None:
 
 def _generate(options: dict[str, Any]) -> None:
     from khala_mlx.audio import check_output
-    from khala_mlx.candidate_files import check_candidates, write_candidates
+    from khala_mlx.candidate_files import candidate_paths, check_candidates, write_candidates
     from khala_mlx.request import Request
     from khala_mlx.song import (
         check_free,
@@ -157,10 +157,19 @@ def _generate(options: dict[str, Any]) -> None:
     )
     from khala_mlx.song_files import finish_of, free_name, open_model, write_draft, write_song
 
-    output = options["output"] or free_name()
+    def songs(path: Path) -> list[Path]:
+        count = options["candidates"]
+        return [path, *candidate_paths(path, count)] if count else [path]
+
+    output = options["output"] or free_name(songs=songs)
     check_output(output, finish_of(options).bit_depth)
     check_free(output)
     if options["candidates"]:
+        if given("play"):
+            raise click.UsageError(
+                "--play is for one song: leave it out, and listen to the drafts of --candidates "
+                "with `khala play`."
+            )
         if options["draft"] is None:
             options["draft"] = DRAFT_LAYERS
         check_candidates(output, options)
@@ -177,7 +186,6 @@ def _generate(options: dict[str, Any]) -> None:
     if options["like"]:
         warn_other_model(options["like"], khala.identity)
         warn_other_adapters(options["like"], khala.adapters)
-        warn_continued(options["like"], options["beginning"])
     if options["dry_run"]:
         _show_plan(khala, options, base)
         return
@@ -189,6 +197,8 @@ def _generate(options: dict[str, Any]) -> None:
     take = khala.begin(request, kept.codes if kept else None)
     if kept:
         take.metadata["continued"] = kept.told
+    if options["like"]:
+        warn_continued(options["like"], kept.told if kept else None)
     if options["candidates"]:
         write = write_candidates
     else:
@@ -225,7 +235,11 @@ def _continued(khala: Any, options: dict[str, Any], base: Any) -> tuple[Any, Any
 def _longer_request(khala: Any, options: dict[str, Any], base: Any, seconds: float) -> Any:
     """The request of a song whose first `seconds` are there, of which `base` was asked."""
     from khala_mlx.beginning import longer
+    from khala_mlx.song import continued
 
+    if options["like"] and continued(options["like"]):
+        # Of a song that went on from a beginning itself: that one is made again.
+        return _request(options, base)
     if not given("seed"):
         options["seed"] = secrets.randbelow(2**32)
     return _request(options, longer(base, seconds, khala.config.tokens.max_minutes), {"seed"})

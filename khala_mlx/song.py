@@ -165,16 +165,24 @@ def warn_other_model(path: Path, identity: str) -> None:
         )
 
 
-def warn_continued(path: Path, beginning: Path | None) -> None:
-    """Warn if the song of a record had a beginning taken over, and there is none now."""
+def continued(path: Path) -> dict[str, Any]:
+    """What a record tells of the beginning that its song took over; empty if it took none."""
     told = recorded(path).get("continued")
-    if isinstance(told, dict) and beginning is None:
-        warnings.warn(
-            f"The song of {path} goes on from {shown(told.get('file'))}: without --continue this "
-            "is another song.",
-            KhalaWarning,
-            stacklevel=2,
-        )
+    return told if isinstance(told, dict) else {}
+
+
+def warn_continued(path: Path, beginning: Mapping[str, Any] | None) -> None:
+    """Warn if the song of a record took over another beginning than this, or there is none."""
+    told = continued(path)
+    if not told or (beginning and told.get("codes_sha256") == beginning["codes_sha256"]):
+        return
+    how = "with another beginning" if beginning else "without --continue"
+    warnings.warn(
+        f"The song of {path} goes on from {shown(told.get('file'))}, "
+        f"{shown(told.get('seconds'))} s of it: {how} this is another song.",
+        KhalaWarning,
+        stacklevel=2,
+    )
 
 
 def warn_other_adapters(sidecar: Path, adapters: list[dict[str, Any]]) -> None:

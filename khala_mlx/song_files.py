@@ -24,10 +24,18 @@ from khala_mlx.take import Take
 from khala_mlx.terminal import Progress, report, when_stopped
 
 
-def free_name(suffix: str = ".wav") -> Path:
-    """song.wav, or the first of song-2.wav, song-3.wav, ... that is free."""
+def _itself(path: Path) -> list[Path]:
+    return [path]
+
+
+def free_name(suffix: str = ".wav", songs: Callable[[Path], list[Path]] = _itself) -> Path:
+    """song.wav, or the first of song-2.wav, song-3.wav, ... whose `songs` are all free."""
     number, path = 1, Path(f"song{suffix}")
-    while any(p.exists() for p in (path, sidecar_path(path), take_path(path))):
+    while any(
+        each.exists()
+        for song in songs(path)
+        for each in (song, sidecar_path(song), take_path(song))
+    ):
         number += 1
         path = Path(f"song-{number}{suffix}")
     return path

@@ -192,6 +192,11 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
         click.echo(f"Warning: {message}", err=True)
 
 
+def _can_draw() -> bool:
+    """Whether a line of standard error can be drawn over."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
 class Progress:
     """Shows (stage, done, total): a bar on a terminal, else plain lines, with the time left.
 
@@ -203,7 +208,7 @@ class Progress:
     _TENTHS = 10
 
     def __init__(self, whole: str = "song") -> None:
-        self._bar = sys.stderr.isatty()
+        self._bar = _can_draw()
         self._stage, self._whole = "", whole
         self._began, self._first = 0.0, 0
         self._tenths = -1
@@ -251,7 +256,7 @@ class Line:
     """One line on standard error, drawn over on a terminal; elsewhere only what is said."""
 
     def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
+        self._shown = _can_draw()
 
     def draw(self, text: str) -> None:
         """Show what is passing."""

@@ -122,6 +122,10 @@ def test_the_table(tiny_folder: Path) -> None:
     assert len(rows) == 3
     assert rows[-1].split() == ["finished", "none"]
     assert not list(Path().glob("*.json"))
+    # The same command again has names of its own.
+    again = run("generate", "-m", tiny_folder, *SHORT, "--candidates", 2, "--best", 0)
+    assert again.exit_code == 0, again.stderr
+    assert {"song.2.take.safetensors", "song-2.2.take.safetensors"} < set(names())
 
 
 def test_a_kept_beginning_has_candidates_too(tiny_folder: Path) -> None:
@@ -161,6 +165,7 @@ def test_wrong_numbers_of_candidates(tiny_folder: Path) -> None:
         (["--candidates", 2], "a.2.draft-8.wav exists already", 1),
         # Told before anything is composed.
         (["--candidates", 2, "--draft", 9], "A draft has 2..8 layers, got 9", 1),
+        (["--candidates", 2, "--play"], "--play is for one song", 2),
         (["--candidates", 2, "--draft", 0], "A draft has 2..8 layers, got 0", 1),
     ):
         result = run("generate", "-m", tiny_folder, *arguments, "-o", "a.wav")

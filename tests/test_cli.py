@@ -536,6 +536,21 @@ def test_a_terminal_gets_a_bar_with_the_time_left(tiny_folder: Path) -> None:
     assert "100 %" in text
 
 
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_a_terminal_that_cannot_draw_gets_lines(
+    term: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from khala_mlx.terminal import Line, Progress
+
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((80, 24)))
+    Progress()("refine", 3, 6)
+    Line().draw("1/2")
+    assert ("\x1b" in capsys.readouterr().err) == (term == "xterm")
+
+
 PACED = """
 import time
 from khala_mlx.terminal import Progress
