@@ -37,7 +37,9 @@ CHIPS = {
 _SMALL_MAC = 36 * 2**30
 # The rest of the process and of the system, on other machines.
 _SHARE = 0.85
-_PROBE_ROWS, _PROBE_BYTES = 384, 1 << 24
+# Rows of the square matrices that are multiplied, and bytes that are read, to probe the CPU backend
+# and a GPU, which takes some 0.2 ms to begin with anything and has caches of tens of megabytes.
+_CPU_PROBE, _GPU_PROBE = (384, 1 << 24), (4096, 1 << 30)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def this_machine() -> Machine:
     if known is not None and not on_cpu:
         rates = known[0] * 1e9, known[1] * 1e12
     else:
-        rates = _probe()
+        rates = _probe(*(_CPU_PROBE if on_cpu else _GPU_PROBE))
     return Machine(name, usable_memory(), on_cpu, *rates, known is not None and not on_cpu)
 
 
@@ -119,10 +121,10 @@ def parse_memory(text: str) -> int:
     return int(gigabytes * 2**30)
 
 
-def _probe() -> tuple[float, float]:
+def _probe(rows: int, size: int) -> tuple[float, float]:
     """Bytes and float32 operations a second, the best of a few short tries."""
-    block = mx.zeros((_PROBE_BYTES // 4096, 1024))
-    square = mx.random.normal((_PROBE_ROWS, _PROBE_ROWS), key=mx.random.key(0))
+    block = mx.zeros((size // 4096, 1024))
+    square = mx.random.normal((rows, rows), key=mx.random.key(0))
     vector = mx.ones((1, 1024))
     mx.eval(block, square, vector)
     reading, multiplying = [], []
@@ -133,4 +135,6 @@ def _probe() -> tuple[float, float]:
         began = time.perf_counter()
         mx.eval(square @ square)
         multiplying.append(time.perf_counter() - began)
-    return _PROBE_BYTES / min(reading), 2 * _PROBE_ROWS**3 / min(multiplying)
+    del block, square
+    mx.clear_cache()
+    return size / min(reading), 2 * rows**3 / min(multiplying)

@@ -49,3 +49,25 @@ def test_every_generation_is_faster_or_as_fast() -> None:
         chips = [CHIPS[f"M{n}{kind}"] for n in range(1, 6) if f"M{n}{kind}" in CHIPS]
         assert len(chips) >= 3
         assert all(bandwidth >= 68 and tflops > 2 for bandwidth, tflops in chips)
+
+
+def test_a_new_gpu_is_probed_with_work_that_hides_its_launches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A simulated one of 600 GB/s and 17 TFLOPS that takes 0.2 ms to begin."""
+    clock = [0.0]
+
+    def work(result: mx.array, *inputs: mx.array) -> None:
+        rows, columns = result.shape
+        if not inputs:
+            product = 2 * columns**3 / 17e12 if rows == columns else columns * 4096 / 600e9
+            clock[0] += 2e-4 + product
+
+    monkeypatch.setattr(machine, "chip_name", lambda: "Apple M9 Max")
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(mx, "eval", work)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: clock[0])
+    here = this_machine()
+    assert not here.published
+    assert here.bandwidth == pytest.approx(600e9, rel=0.15)
+    assert here.flops == pytest.approx(17e12, rel=0.05)
