@@ -7,6 +7,7 @@ import mlx.core as mx
 import pytest
 from tolerances import ON_CPU
 
+from khala_mlx import transformer
 from khala_mlx.attention import in_chunks
 from khala_mlx.transformer import attend
 
@@ -58,3 +59,17 @@ def test_training_never_holds_all_scores() -> None:
         peaks.append(mx.get_peak_memory() - before)
     # Left to MLX, the gradients keep three arrays of scores.
     assert peaks[1] < 2.1 * scores < peaks[0]
+
+
+def test_the_manual_switch_holds_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = heads(9, 9)
+    attention = partial(attend, scale=8**-0.5, causal=True, training=True)
+    expected = gradients(attention, inputs)
+    mx.eval(expected)
+    monkeypatch.setenv(transformer.MANUAL_ATTENTION, "1")
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", None)
+    # Both are one row of scores.
+    monkeypatch.setattr(transformer, "SCORE_BYTES", 4 * 2 * 4 * 9)
+    monkeypatch.setattr(transformer, "TRAINING_SCORE_BYTES", 4 * 2 * 4 * 9)
+    for ours, theirs in zip(gradients(attention, inputs), expected, strict=True):
+        assert mx.abs(ours - theirs).max().item() < 1e-4
