@@ -126,9 +126,19 @@ def _disk(fixes: list[str]) -> dict[str, str]:
         )
     if "Documents" in folder.parts or "Desktop" in folder.parts:
         fixes.append("iCloud may take models away from there: export KHALA_MODELS=~/khala-models")
-    if not os.access(Path.cwd(), os.W_OK):
-        fixes.append(f"nothing can be written here: cd ~ (this folder is {Path.cwd()})")
+    fixes += _here()
     return {"models": str(folder), "free_disk": f"{free / 1e9:.1f} GB"}
+
+
+def _here() -> list[str]:
+    """What is wrong with the folder the command runs in."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        return ["the folder this runs in is gone: cd ~"]
+    if os.access(here, os.W_OK):
+        return []
+    return [f"nothing can be written here: cd ~ (this folder is {here})"]
 
 
 def _m4a() -> str:

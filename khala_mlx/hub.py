@@ -14,6 +14,9 @@ from khala_mlx.names import shown
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
+# Seconds without a byte after which a server counts as gone; by itself huggingface_hub waits on.
+_PATIENCE = 30.0
+
 
 class Unreachable(HubError):
     """The Hub does not answer, and there is no earlier download."""
@@ -56,7 +59,7 @@ def download(repo: str, patterns_for: Callable[[Iterable[str]], tuple[str, ...]]
 
     try:
         with _quietly():
-            info = huggingface_hub.HfApi().model_info(repo, files_metadata=True)
+            info = huggingface_hub.HfApi().model_info(repo, files_metadata=True, timeout=_PATIENCE)
     except Exception as error:
         if _is_refusal(error):
             raise _told(repo, error) from error
@@ -174,7 +177,9 @@ def listing(repo: str, revision: str | None = None) -> Listing:
 
     try:
         with _quietly():
-            info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
+            info = huggingface_hub.HfApi().model_info(
+                repo, revision=revision, files_metadata=True, timeout=_PATIENCE
+            )
         return _listed(repo, info)
     except Exception as error:
         raise _unreachable(repo, error) or _told(repo, error) from error
@@ -237,7 +242,7 @@ def read_range(repo: str, revision: str, name: str, start: int, stop: int) -> by
     try:
         with _quietly():
             url = hf_hub_url(repo, name, revision=revision)
-            response = http_backoff("GET", url, headers=headers, max_retries=2)
+            response = http_backoff("GET", url, headers=headers, max_retries=2, timeout=_PATIENCE)
             hf_raise_for_status(response)
     except Exception as error:
         raise _unreachable(repo, error) or _told(repo, error) from error

@@ -63,3 +63,12 @@ def test_what_is_wrong_comes_with_a_fix(monkeypatch: pytest.MonkeyPatch, tmp_pat
     for name, extra in {"mutagen": "tags", "matplotlib": "plot", "pyloudnorm": "listen"}.items():
         assert f"khala-mlx[{extra}]" in told[name]
     assert "Fix: " in CliRunner().invoke(main, ["doctor"]).stdout
+
+
+def test_a_folder_that_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 0, result.stderr
+    assert "the folder this runs in is gone" in result.stdout

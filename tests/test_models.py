@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -444,3 +445,15 @@ def test_only_what_has_come_of_the_model_itself_is_removed(home: Path) -> None:
         models.remove("someone--khal?")
     models.remove("someone/khala")
     assert not list((home / ".downloads").iterdir())
+
+
+def test_a_hub_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        fake = FakeHub({})
+        fake.url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        use(fake, monkeypatch)
+        monkeypatch.setattr(hubs, "_PATIENCE", 0.1)
+        with pytest.raises(hubs.Unreachable, match="ReadTimeout"):
+            hubs.listing(REPO)
+        with pytest.raises(hubs.Unreachable, match="ReadTimeout"):
+            hubs.read_range(REPO, SHA, "a", 0, 1)
