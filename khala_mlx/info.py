@@ -24,6 +24,8 @@ from khala_mlx.weights import PARTS, part_files
 
 # No honest safetensors header is larger; the format's own reader has the same limit.
 _MAX_HEADER = 100_000_000
+# Fields of a request that tell something with 0 and False, too.
+_TELLING = ("seed", "refine_seed", "reachable_only")
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -136,8 +138,8 @@ def _song(record: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _is_said(name: str, value: Any) -> bool:
-    """Whether a field of a request tells something: 0 does as a seed, not asking for more not."""
-    return value not in ("", None) and (value is not False or name == "reachable_only")
+    """Whether a field of a request tells more than that nothing was asked."""
+    return bool(value) or (name in _TELLING and value is not None)
 
 
 def _take(path: Path) -> dict[str, Any]:
