@@ -10,12 +10,13 @@ from typing import Any
 from khala_mlx.candidates import Measures, clipping, ranked, repetition, silence
 from khala_mlx.clock import Progress as OnProgress
 from khala_mlx.files import check_destination, provisional
+from khala_mlx.names import resuming
 from khala_mlx.outlook import Outlook
 from khala_mlx.pipeline import OnTake
 from khala_mlx.song import Song, check_free, take_path
 from khala_mlx.song_files import draft_path, of_the_file, save_song, write_sound
 from khala_mlx.take import Take
-from khala_mlx.terminal import Progress, report, report_table
+from khala_mlx.terminal import Progress, report, report_table, when_stopped
 from khala_mlx.words import coverage, recogniser
 
 _SEEDS = 2**64
@@ -80,7 +81,9 @@ def _keeper(takes: list[Take], paths: list[Path]) -> OnTake:
     """What keeps each take in its own file."""
 
     def keep(take: Take) -> None:
-        take.save(take_path(paths[takes.index(take)]), overwrite=True)
+        path = take_path(paths[takes.index(take)])
+        take.save(path, overwrite=True)
+        when_stopped(f"Each candidate has its take; finish one with `{resuming(path)}`.")
 
     return keep
 

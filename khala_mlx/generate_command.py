@@ -235,11 +235,15 @@ def _continued(khala: Any, options: dict[str, Any], base: Any) -> tuple[Any, Any
 def _longer_request(khala: Any, options: dict[str, Any], base: Any, seconds: float) -> Any:
     """The request of a song whose first `seconds` are there, of which `base` was asked."""
     from khala_mlx.beginning import longer
+    from khala_mlx.request import Request
     from khala_mlx.song import continued
 
     if options["like"] and continued(options["like"]):
         # Of a song that went on from a beginning itself: that one is made again.
         return _request(options, base)
+    if base == Request():
+        # A sound that tells nothing of itself: the user's own defaults count then.
+        base = _request(options, None)
     if not given("seed"):
         options["seed"] = secrets.randbelow(2**32)
     return _request(options, longer(base, seconds, khala.config.tokens.max_minutes), {"seed"})

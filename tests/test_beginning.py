@@ -198,6 +198,23 @@ def test_wrong_beginnings(
     assert not list(Path().glob("b*"))
 
 
+def test_a_sound_that_tells_nothing_is_gone_on_with_by_the_users_defaults(
+    tiny_folder: Path, first: Take, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waveform, rate = soundfile.read("a.wav")
+    soundfile.write("bare.wav", waveform, rate)
+    monkeypatch.setenv("KHALA_GENERATE_TAGS", "waltz")
+    monkeypatch.setenv("KHALA_GENERATE_TOP_K", "7")
+    asked = ["-m", tiny_folder, "--seconds", 0.15, "--top-k", 5]
+    bare = made(*asked, "--continue", "bare.wav").request
+    assert (bare.tags, bare.top_k, bare.minutes) == ("waltz", 5, 1)
+    Path("b.wav").rename("c.wav")
+    for name in ("b.json", "b.take.safetensors"):
+        Path(name).unlink()
+    # What a song tells of itself goes before them.
+    assert made(*asked, "--continue", "a.wav").request.tags == "pop"
+
+
 def test_the_sidecar_alone_is_not_enough(tiny_folder: Path, first: Take) -> None:
     made("--continue", "a.take.safetensors", "--seconds", 0.12)
     result = run("generate", "-m", tiny_folder, "--like", "b.json", "-o", "c.wav")

@@ -128,6 +128,20 @@ def test_the_table(tiny_folder: Path) -> None:
     assert {"song.2.take.safetensors", "song-2.2.take.safetensors"} < set(names())
 
 
+def test_stopped_candidates_tell_how_to_go_on(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from khala_mlx import terminal
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise SystemExit(9)
+
+    monkeypatch.setattr(Khala, "refine", stop)
+    run("generate", "-m", tiny_folder, *SHORT, "--candidates", 2)
+    (hint,) = terminal._hints
+    assert "finish one with `khala generate --resume song.2.take.safetensors`" in hint
+
+
 def test_a_kept_beginning_has_candidates_too(tiny_folder: Path) -> None:
     run("generate", "-m", tiny_folder, *SHORT, "-o", "a.wav")
     begun = Take.load("a.take.safetensors").codes[:, :17]
