@@ -9,6 +9,7 @@ the names of what it could not.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +36,7 @@ _PLAIN = {"title": "title", "artist": "artist", "comment": "comment", "licence":
 _RECORDED = ("lyrics", "licence", "prompt", "seed", "model")
 # libsndfile loses every tag of a wav with a longer one.
 _LONGEST_IN_WAV = 2045
+_HELD_NOWHERE = re.compile("[\0\ufffe\uffff]")
 # Behind this mark the comment holds the record where there is no tag for it.
 _MARK = "\nkhala:"
 _ID3 = (".mp3", ".wav")
@@ -47,7 +49,7 @@ def with_mutagen() -> bool:
 
 def plain(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
     """The attributes of soundfile.SoundFile that hold `tags` in a file of this suffix, unharmed."""
-    values = {_PLAIN[name]: clean(text) for name, text in tags.items() if name in _PLAIN and text}
+    values = {_PLAIN[n]: kept for n, text in tags.items() if n in _PLAIN and (kept := clean(text))}
     if not with_mutagen() and "record" in tags:
         told = values.get("comment", "") + _MARK + clean(tags["record"])
         if _fits(path, told):
@@ -87,8 +89,12 @@ def read(path: Path) -> dict[str, str]:
 
 
 def clean(text: str) -> str:
-    """Text as every format can hold it: without NUL, which separates values in ID3."""
-    return text.encode("utf-8", "replace").decode().replace("\0", "")
+    """Text as every format can hold it.
+
+    NUL separates values in ID3; U+FFFE and U+FFFF, which are no characters, let libFLAC refuse a
+    tag and libsndfile then free it twice.
+    """
+    return _HELD_NOWHERE.sub("", text.encode("utf-8", "replace").decode())
 
 
 def _fits(path: Path, text: str) -> bool:

@@ -90,7 +90,10 @@ def test_without_mutagen_what_is_missing_is_told(
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_no_format_holds_is_cleaned(tmp_path: Path, name: str) -> None:
-    audio.write_audio(tmp_path / name, WAVE, 44100, tags={"title": "a\0b\udcff", "lyrics": "\0"})
+    wanted = {"title": "a\0b\udcff\ufffe", "lyrics": "\0", "comment": "\0"}
+    # libsndfile corrupts the heap over U+FFFE: not to be tried before it is known to be gone.
+    assert tags.plain(tmp_path / name, {**wanted, "artist": "\uffff"}) == {"title": "ab?"}
+    audio.write_audio(tmp_path / name, WAVE, 44100, tags=wanted)
     assert tags.read(tmp_path / name) == {"title": "ab?"}
 
 
