@@ -99,8 +99,9 @@ def bench_compose(
     keys = [mx.random.key(seed) for seed in range(sizes.songs)]
     model.generate_many(prompt, keys=keys, max_tokens=tokens, min_tokens=tokens, on_progress=turns)
     counted = _bytes_of_a_token(model)
-    least = counts.compose_bytes(config, _PROMPT, setting.width)
-    read = counts.compose_bytes(config, sizes.cached, setting.width, songs=sizes.songs)
+    in_memory = envelope.as_held(config, "backbone", setting)
+    least = counts.compose_bytes(in_memory, _PROMPT, setting.width)
+    read = counts.compose_bytes(in_memory, sizes.cached, setting.width, songs=sizes.songs)
     flops = sizes.songs * counts.compose_flops(config, sizes.cached)
     seconds = turns.seconds / _BLOCK
     weights = envelope.weight_bytes(config, "backbone", setting)

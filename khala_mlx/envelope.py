@@ -57,15 +57,20 @@ class Setting:
         return counts.WIDTHS[self.dtype]
 
 
+def as_held(config: KhalaConfig, part: str, setting: Setting) -> KhalaConfig:
+    """`config` with the packing that a language model has in memory: small ones are unpacked."""
+    plain = replace(config, quantization={})
+    small = counts.transformer_bytes(plain, part, _FLOAT32) <= CPU_UNPACKED_BYTES
+    return plain if setting.on_cpu and small else config
+
+
 def weight_bytes(config: KhalaConfig, part: str, setting: Setting) -> int:
     """The parameters of "backbone", "superres" or "codec" as they lie in memory."""
     if part == "codec":
         return counts.codec_bytes(config.codec)
-    plain = replace(config, quantization={})
-    if setting.on_cpu and counts.transformer_bytes(plain, part, _FLOAT32) <= CPU_UNPACKED_BYTES:
-        config = plain
+    held = as_held(config, part, setting)
     added = _FLOAT32 * setting.adapters.parameters if part == "backbone" else 0
-    return counts.transformer_bytes(config, part, setting.width) + added
+    return counts.transformer_bytes(held, part, setting.width) + added
 
 
 def compose_bytes(
