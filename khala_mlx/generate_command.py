@@ -261,7 +261,14 @@ def _show_plan(khala: Any, options: dict[str, Any], base: Any) -> None:
     else:
         request = _request(options, base)
     candidates = options["candidates"]
-    plan = khala.plan(request, candidates or 1, begun, judged=candidates is not None)
+    plan = khala.plan(
+        request,
+        candidates or 1,
+        begun,
+        judged=candidates is not None,
+        draft=options["draft"],
+        finished=min(options["best"], candidates) if candidates else 0,
+    )
     report(plan if options["as_json"] else _plan_lines(plan), options["as_json"])
 
 

@@ -28,7 +28,14 @@ class Intake(Stages):
     """What a model folder makes of requests, and of takes that were begun."""
 
     def plan(
-        self, request: Request, songs: int = 1, begun: int = 0, *, judged: bool = False
+        self,
+        request: Request,
+        songs: int = 1,
+        begun: int = 0,
+        *,
+        judged: bool = False,
+        draft: int | None = None,
+        finished: int = 0,
     ) -> dict[str, Any]:
         """What `fulfil` would do with a request: prompts, lengths, memory and least time.
 
@@ -38,6 +45,8 @@ class Intake(Stages):
             songs: how many seeds at once.
             begun: frames of a beginning that is taken over.
             judged: whether the backbone reads each song once more to judge it.
+            draft: the layers that the songs are refined to, if not to all.
+            finished: how many of them are finished then.
 
         Raises:
             KhalaError: if the request cannot be served; a prompt that is too long is only told.
@@ -47,7 +56,17 @@ class Intake(Stages):
         lengths = told["backbone_prompt_tokens"], told["superres_prompt_tokens"]
         most, least = self._budget(request, lengths, begun)
         rate = self.config.codec.frame_rate
-        job = Job(*lengths, most, songs, request.kv_bits, begun, judged, request.refine_expected)
+        job = Job(
+            *lengths,
+            frames=most,
+            songs=songs,
+            kv_bits=request.kv_bits,
+            begun=begun,
+            judged=judged,
+            expected=request.refine_expected,
+            draft=draft,
+            finished=finished,
+        )
         return {
             **told,
             **too_much_to_sing(request, most / rate, told.get("does_not_fit", [])),

@@ -33,6 +33,8 @@ class Job:
         begun: frames of each song that are taken over from another one.
         judged: whether the backbone reads each song once more, to tell how likely it is.
         expected: whether the detail is chosen by expectation, which takes the codec's codebooks.
+        draft: the layers that songs are refined to, if not to all.
+        finished: how many of them are refined to all layers nevertheless, and rendered again.
     """
 
     backbone_prompt: int
@@ -43,10 +45,21 @@ class Job:
     begun: int = 0
     judged: bool = False
     expected: bool = False
+    draft: int | None = None
+    finished: int = 0
 
     def read_tokens(self, config: KhalaConfig) -> int:
         """Tokens that the backbone reads before it writes."""
         return self.backbone_prompt + self.begun * config.tokens.num_coarse
+
+    def steps(self, config: KhalaConfig) -> int:
+        """Refine steps of all songs."""
+        layout = config.tokens
+        all_steps = layout.num_codebooks - layout.num_coarse
+        if self.draft is None:
+            return self.songs * all_steps
+        rest = self.finished * (layout.num_codebooks - self.draft)
+        return self.songs * (self.draft - layout.num_coarse) + rest
 
     def written_tokens(self, config: KhalaConfig) -> int:
         """Tokens that the backbone writes for a song."""
@@ -222,15 +235,16 @@ def _seconds(
     batches = -(-job.songs // at_once)
     # The cache grows evenly, so the middle stands for all.
     cached = prompt + tokens // 2
+    held = envelope.as_held(config, "backbone", setting)
     read = 4 * adapters + counts.compose_bytes(
-        config, cached, setting.width, songs=at_once, kv_bits=setting.kv_bits
+        held, cached, setting.width, songs=at_once, kv_bits=setting.kv_bits
     )
     multiplied = 2 * adapters + counts.compose_flops(config, cached)
     token = max(read / machine.bandwidth, at_once * multiplied / machine.flops)
     reading = counts.prompt_flops(config, prompt) + 2 * adapters * prompt
     judging = job.songs * job.judged * counts.prompt_flops(config, prompt + tokens)
-    steps = config.tokens.num_codebooks - config.tokens.num_coarse
     step = counts.refine_flops(config, job.superres_prompt, job.frames) / machine.flops
     render = counts.render_flops(config.codec, job.frames) / machine.flops
     composing = batches * (reading / machine.flops + tokens * token) + judging / machine.flops
-    return composing, job.songs * steps * step, job.songs * render
+    rendered = job.songs if job.draft is None else job.songs + job.finished
+    return composing, job.steps(config) * step, rendered * render

@@ -1,3 +1,4 @@
+import dataclasses
 import fcntl
 import json
 import os
@@ -194,6 +195,17 @@ def test_dry_run_tells_memory_and_time(tiny_folder: Path, monkeypatch: pytest.Mo
         on_a_mac.setattr("khala_mlx.stages.this_machine", lambda: mac_with(2**34))
         asked = run("generate", "-m", tiny_folder, "--dry-run", "--json", "--memory", "64GB")
         assert json.loads(asked.stdout)["memory"]["usable_bytes"] == 2**36 * 3 // 4
+    with monkeypatch.context() as on_a_slow_one:
+        slow = dataclasses.replace(mac_with(2**34), flops=1e6)
+        on_a_slow_one.setattr("khala_mlx.stages.this_machine", lambda: slow)
+        seconds = []
+        for options in ((), ("--candidates", "2", "--best", "1", "--draft", "4")):
+            told = json.loads(
+                run("generate", "-m", tiny_folder, "--dry-run", "--json", *options).stdout
+            )
+            seconds.append(told["memory"]["stages"]["refine"]["least_seconds"])
+        # Of six fine layers two for both, the other four for the best.
+        assert seconds[1] == pytest.approx(seconds[0] * (2 * 2 + 4) / 6)
     tight = run("generate", "-m", tiny_folder, "--dry-run", "--memory", "0.00001GB")
     assert "does not fit" in tight.stdout
     failed(run("generate", "-m", tiny_folder, "--memory", "0.00001GB"), "can be used")

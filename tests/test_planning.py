@@ -42,6 +42,16 @@ def test_judging_takes_memory_and_time() -> None:
     assert judged.stages[0].seconds > plain.stages[0].seconds
 
 
+def test_drafts_take_the_time_of_their_layers() -> None:
+    one = plan(16)
+    _, refine, render = plan(16, replace(TWO_MINUTES, songs=4, draft=8, finished=1)).stages
+    assert refine.seconds == pytest.approx(one.stages[1].seconds * (4 * 6 + 56) / 62)
+    assert render.seconds == pytest.approx(one.stages[2].seconds * 5)
+    _, refine, render = plan(16, replace(TWO_MINUTES, draft=2)).stages
+    assert refine.seconds == 0
+    assert render.seconds == one.stages[2].seconds
+
+
 def test_adapters_are_read_with_the_weights() -> None:
     rank_16 = Extent(parameters=13_959_168, widest=5632)
     mac = mac_with(16 * GIB)
