@@ -10,11 +10,10 @@ from typing import Any
 from khala_mlx.candidates import Measures, clipping, ranked, repetition, silence
 from khala_mlx.clock import Progress as OnProgress
 from khala_mlx.files import check_destination, provisional
-from khala_mlx.names import resuming
 from khala_mlx.outlook import Outlook
 from khala_mlx.pipeline import OnTake
 from khala_mlx.song import Song, check_free, take_path
-from khala_mlx.song_files import draft_path, of_the_file, save_song, write_sound
+from khala_mlx.song_files import draft_path, going_on, of_the_file, save_song, write_sound
 from khala_mlx.take import Take
 from khala_mlx.terminal import Progress, report, report_table, when_stopped
 from khala_mlx.words import coverage, recogniser
@@ -50,7 +49,9 @@ def write_candidates(khala: Any, take: Take, output: Path, options: dict[str, An
     made = [number for number, each in enumerate(measures) if each is not None]
     order = [made[place] for place in ranked([m for m in measures if m is not None])]
     best = order[: options["best"]]
-    songs = khala.make_many([takes[number] for number in best], progress, _keeper(takes, paths))
+    songs = khala.make_many(
+        [takes[number] for number in best], progress, _keeper(takes, paths, options)
+    )
     for number, song in zip(best, songs, strict=True):
         save_song(song, paths[number], options)
     outlook.keep()
@@ -77,13 +78,13 @@ def _takes(take: Take, count: int, options: dict[str, Any]) -> list[Take]:
     return takes
 
 
-def _keeper(takes: list[Take], paths: list[Path]) -> OnTake:
+def _keeper(takes: list[Take], paths: list[Path], options: dict[str, Any]) -> OnTake:
     """What keeps each take in its own file."""
 
     def keep(take: Take) -> None:
         path = take_path(paths[takes.index(take)])
         take.save(path, overwrite=True)
-        when_stopped(f"Each candidate has its take; finish one with `{resuming(path)}`.")
+        when_stopped(f"Each candidate has its take; finish one with `{going_on(path, options)}`.")
 
     return keep
 
@@ -92,7 +93,7 @@ def _drafted(
     khala: Any, takes: list[Take], paths: list[Path], options: dict[str, Any], progress: OnProgress
 ) -> list[Measures | None]:
     """Compose, draft and measure each take; None for those that the model broke off."""
-    keep, surprise = _keeper(takes, paths), dict[Take, float]()
+    keep, surprise = _keeper(takes, paths, options), dict[Take, float]()
     measures: list[Measures | None] = [None] * len(takes)
     with ExitStack() as stack:
         settle = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,6 +65,18 @@ def open_model(options: dict[str, Any], take: Take | None = None) -> Any:
     khala = Khala.from_pretrained(source, keep_loaded=False)
     load_adapters(khala, options["adapters"], options["adapter_scales"])
     return khala
+
+
+def going_on(take: Path, options: dict[str, Any]) -> str:
+    """The command that goes on with a take, with what the take alone does not lead to again."""
+    words = [resuming(take)]
+    if not (options["model"] == "demo" or _is_folder(options["model"])):
+        words += ["--model", shlex.quote(options["model"])]
+    for path in options["adapters"]:
+        words += ["--adapter", shlex.quote(str(path))]
+    for scale in options["adapter_scales"]:
+        words += ["--adapter-scale", str(scale)]
+    return " ".join(words)
 
 
 def _is_folder(name: str) -> bool:
@@ -153,7 +166,7 @@ def _write_draft(
             "seconds": round(song.duration, 2),
             "seed": take.request.seed,
             "layers": f"{take.layers} of {take.num_codebooks}",
-            "finish": resuming(take_path(output)),
+            "finish": going_on(take_path(output), options),
         },
         options["as_json"],
     )
@@ -242,7 +255,7 @@ def made(
 
     def keep(take: Take) -> None:
         take.save(path, overwrite=True)
-        when_stopped(f"Go on with `{resuming(path)}`.")
+        when_stopped(f"Go on with `{going_on(path, options)}`.")
 
     if resumed:
         keep(take)

@@ -221,6 +221,16 @@ def test_generate_with_adapters(here: Path) -> None:
     assert json.loads(Path("base.json").read_text())["model"]["adapters"] == []
 
 
+def test_what_finishes_a_draft_names_its_adapters(here: Path) -> None:
+    asked = ["-m", here, "--adapter", "one", "--adapter-scale", 0.5]
+    generate(*asked, "-o", "a.wav")
+    told = json.loads(generate(*asked, "--draft", 4, "--json", "-o", "b.wav").stdout)
+    assert told["finish"].endswith("b.take.safetensors --adapter one --adapter-scale 0.5")
+    done = CliRunner().invoke(main, told["finish"].split()[1:])
+    assert done.exit_code == 0, done.stderr
+    assert Path("a.wav").read_bytes() == Path("b.wav").read_bytes()
+
+
 def test_like_tells_of_other_adapters(here: Path) -> None:
     generate("-m", here, "--adapter", "one", "--adapter-scale", 0.5, "-o", "a.wav")
     again = ["-m", here, "--like", "a.json"]
