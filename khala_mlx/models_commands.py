@@ -22,6 +22,7 @@ def models() -> None:
 def list_models(as_json: bool) -> None:
     """List the model in the box and those that were downloaded."""
     from khala_mlx.models import models as found
+    from khala_mlx.names import shown
     from khala_mlx.places import models_folder
 
     every = found()
@@ -30,8 +31,8 @@ def list_models(as_json: bool) -> None:
         return
     for each in every:
         size = f"{each.get('bytes', 0) / 1e9:.2f} GB"
-        about = each.get("damaged") or f"{each['dtype']}, {size}, {each['licence']}"
-        click.echo(f"{each['name']:<40}  {about}")
+        about = each.get("damaged") or f"{each['dtype']}, {size}, {shown(each['licence'])}"
+        click.echo(f"{shown(each['name']):<40}  {about}")
 
 
 @models.command()

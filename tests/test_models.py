@@ -24,6 +24,7 @@ from huggingface_hub import constants, errors
 
 from khala_mlx import hub as hubs
 from khala_mlx import models
+from khala_mlx.cli import main
 from khala_mlx.config import KhalaConfig
 from khala_mlx.convert import convert
 from khala_mlx.convert.partial import fetch_codec
@@ -325,8 +326,6 @@ def test_names_of_files_that_lead_elsewhere(hub: FakeHub, sources: Path, home: P
 
 
 def test_the_command_shows_the_licence(hub: FakeHub, home: Path) -> None:
-    from khala_mlx.cli import main
-
     refused = CliRunner().invoke(main, ["models", "download", REPO])
     assert refused.exit_code == 1
     assert "under the licence: cc-by-nc-4.0" in refused.stderr
@@ -437,6 +436,14 @@ def test_a_licence_cannot_steer_the_terminal(hub: FakeHub, sources: Path) -> Non
     with pytest.raises(KhalaError, match="not accepted"):
         models.download(REPO, accept=lambda _, licence: bool(asked.append(licence)))
     assert asked[0].isprintable()
+
+
+def test_a_licence_cannot_pass_for_another_model(home: Path) -> None:
+    shutil.copytree(find_model("demo"), home / "mine")
+    config = json.loads((home / "mine" / "config.json").read_text())
+    (home / "mine" / "config.json").write_text(json.dumps({**config, "licence": "a\nother  b"}))
+    told = CliRunner().invoke(main, ["models", "list"]).stdout
+    assert len(told.splitlines()) == 2
 
 
 def test_only_what_has_come_of_the_model_itself_is_removed(home: Path) -> None:
