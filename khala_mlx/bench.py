@@ -21,6 +21,7 @@ from khala_mlx.envelope import Setting
 from khala_mlx.errors import KhalaError
 from khala_mlx.floor import Kernel, compose_floor, frames_of_a_block, refine_floor, render_floor
 from khala_mlx.machine import this_machine
+from khala_mlx.names import shown
 from khala_mlx.superres import SuperRes
 from khala_mlx.tally import Tally
 from khala_mlx.weights import working_dtype
@@ -32,6 +33,17 @@ _PROMPT = 32
 _SHORT_BLOCK = 64
 # A ratio that grew by more than this share is a regression.
 WORSE = 0.25
+# In which reports have to agree, or their ratios are of different things.
+SETTINGS = (
+    "machine.name",
+    "machine.device",
+    "model",
+    "dtype",
+    "compose.cached_tokens",
+    "compose.songs",
+    "refine.rows",
+    "render.chunk_frames",
+)
 RATIOS = tuple(f"{stage}.floor_ratio" for stage in ("compose", "refine", "render"))
 
 
@@ -231,6 +243,16 @@ def compared(now: dict[str, Any], old: dict[str, Any]) -> dict[str, dict[str, fl
     }
 
 
+def unlike(now: dict[str, Any], old: dict[str, Any]) -> list[str]:
+    """What was measured otherwise: names of settings in which two reports differ, if both tell."""
+    found = []
+    for name in SETTINGS:
+        before, after = (_told(report, name) for report in (old, now))
+        if before is not None and before != after:
+            found.append(f"{name} {shown(before)}, now {shown(after)}")
+    return found
+
+
 class RandomModel:
     """Stages of random weights, as a Khala has them, for measurements without a model."""
 
@@ -326,6 +348,14 @@ def _bytes_of_a_token(model: Backbone) -> int:
 
 def _token_rate(config: KhalaConfig) -> float:
     return config.codec.frame_rate * config.tokens.num_coarse
+
+
+def _told(report: dict[str, Any], name: str) -> Any:
+    """As `_at`, or None where a report has nothing of the kind."""
+    value: Any = report
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def _at(report: dict[str, Any], name: str) -> Any:

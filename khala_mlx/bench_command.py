@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,16 @@ def bench(**options: Any) -> None:
     The floor is the bare kernels of the same shapes, dtype and packing, run in the same process in
     turns with ours. A ratio of 1.0 is perfect; it holds on a busy machine, the times do not.
     """
-    from khala_mlx.bench import compared, measured
+    from khala_mlx.bench import compared, measured, unlike
+    from khala_mlx.errors import KhalaWarning
 
     old = _read(options["compare"]) if options["compare"] else None
     sizes = {name: options[name] for name in ("cached", "songs", "rows", "turns")}
     told = measured(_khala(options), sizes, options["chunk_frames"])
     if old is not None:
         told["compared"] = compared(told, old)
+        if other := unlike(told, old):
+            warnings.warn(f"Not alike: {'; '.join(other)}.", KhalaWarning, stacklevel=2)
     report(told if options["as_json"] else _lines(told), options["as_json"])
     if old is not None:
         _fail_if_worse(told["compared"])

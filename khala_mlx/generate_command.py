@@ -170,6 +170,8 @@ def _generate(options: dict[str, Any]) -> None:
                 "--play is for one song: leave it out, and listen to the drafts of --candidates "
                 "with `khala play`."
             )
+        if given("best") and options["best"] > options["candidates"]:
+            raise click.UsageError("--best cannot be more than --candidates.")
         if options["draft"] is None:
             options["draft"] = DRAFT_LAYERS
         check_candidates(output, options)

@@ -47,7 +47,9 @@ def frame_budget(
     seconds, least = request.seconds, request.min_seconds
     for name, value in (("seconds", seconds), ("min_seconds", least)):
         if value is not None and not 0 <= value < _ENDLESS:
-            raise KhalaError(f"{name} has to be a number of seconds, got {shown(value)}.")
+            raise KhalaError(
+                f"{name} has to be a number of seconds below {_ENDLESS:,.0f}, got {shown(value)}."
+            )
     if seconds is not None and (seconds <= 0 or least > seconds):
         raise KhalaError(f"seconds has to be above 0 and not below min_seconds, got {seconds}.")
     rate = config.codec.frame_rate

@@ -107,9 +107,6 @@ adapter_options = together(
 )
 
 
-_TIME = re.compile(r"(?:(?:(\d{1,3}):)?(\d{1,3}):)?(\d{1,6}(?:\.\d{1,9})?)")
-
-
 class ClockTime(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2
     """Seconds, as 72, 72.5, 1:12 or 1:02:03."""
 

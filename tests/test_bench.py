@@ -70,14 +70,17 @@ def test_bytes_are_those_of_the_weights_as_they_are_held(
 def test_lines_and_a_comparison(told: dict[str, Any], tmp_path: Path) -> None:
     easy, hard = tmp_path / "easy.json", tmp_path / "hard.json"
     for path, ratio in ((easy, 1000.0), (hard, 0.001)):
-        old = {stage: {"floor_ratio": ratio} for stage in ("compose", "refine", "render")}
-        path.write_text(json.dumps(old))
+        stages = ("compose", "refine", "render")
+        old = {stage: {**told[stage], "floor_ratio": ratio} for stage in stages}
+        path.write_text(json.dumps({**told, **old}))
     result = run(*SMALL, "--turns", 1, "--songs", 2, "--compare", easy)
     assert result.exit_code == 0, result.stderr
     for line in ("compose  ", "x floor", "GB/s", "compose.floor_ratio", "1000.00 ->"):
         assert line in result.stdout
+    assert result.stderr == "Warning: Not alike: compose.songs 1, now 2.\n"
     result = run(*SMALL, "--turns", 1, "--compare", hard)
     assert result.exit_code == 1
+    assert "Not alike" not in result.stderr
     assert "More than 25% further from the floor: compose.floor_ratio, refine" in result.stderr
 
 

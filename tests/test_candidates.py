@@ -176,6 +176,7 @@ def test_wrong_numbers_of_candidates(tiny_folder: Path) -> None:
     for arguments, sentence, code in (
         (["--candidates", 1], "2<=x<=64", 2),
         (["--best", 2], "give both", 2),
+        (["--candidates", 2, "--best", 3], "--best cannot be more", 2),
         (["--candidates", 2], "a.2.draft-8.wav exists already", 1),
         # Told before anything is composed.
         (["--candidates", 2, "--draft", 9], "A draft has 2..8 layers, got 9", 1),
