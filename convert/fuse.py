@@ -25,7 +25,7 @@ from khala_mlx.convert.run import written
 from khala_mlx.convert.safetensors_files import Entry, Output
 from khala_mlx.convert.tensors import Tensor, blocks, narrow, to_float32
 from khala_mlx.convert.writing import Progress, write_files, write_json
-from khala_mlx.errors import ConvertError
+from khala_mlx.errors import AdapterError, ConvertError
 from khala_mlx.names import listed
 
 Share = tuple[Pair, float, float]
@@ -46,8 +46,8 @@ def fuse(
     """
     root = Path(model).expanduser()
     config = KhalaConfig.load(root / CONFIG)
-    for adapter, _ in adapters:
-        adapter.check(config)
+    for adapter, strength in adapters:
+        adapter.check(config, strength)
     adapters = [each for each in adapters if each[1]]
     shares: dict[str, list[Share]] = defaultdict(list)
     for adapter, strength in adapters:
@@ -117,7 +117,14 @@ def _changed(tensor: Tensor, shares: Sequence[Share], dtype: str) -> Output:
     def make() -> Iterator[np.ndarray]:
         for start, stop in blocks(tensor):
             rows = to_float32(tensor.read(start, stop), tensor)
-            yield narrow(_fused(rows, shares, slice(start, stop)), dtype, tensor.name)
+            with np.errstate(over="ignore", invalid="ignore"):
+                fused = _fused(rows, shares, slice(start, stop))
+            if not np.isfinite(fused).all():
+                raise AdapterError(
+                    f"The adapters are too strong for {tensor.name}: it would hold values that are "
+                    "not finite."
+                )
+            yield narrow(fused, dtype, tensor.name)
 
     return Output((Entry(tensor.name, dtype, tensor.shape),), make)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +77,8 @@ class Adapter:
         """
         about = read_config(folder / CONFIG)
         kind, how = about.get("fine_tune_type", "lora"), about.get("lora_parameters")
-        scale = how.get("scale") if isinstance(how, dict) else None
-        if kind not in ("lora", "dora") or not isinstance(scale, (int, float)):
+        scale: Any = how.get("scale") if isinstance(how, dict) else None
+        if kind not in ("lora", "dora") or not is_finite(scale):
             raise AdapterError(f"{folder / CONFIG} describes no LoRA or DoRA adapter of mlx-lm.")
         base = about.get("base")
         known = base.get("backbone") if isinstance(base, dict) else None
@@ -131,12 +132,13 @@ class Adapter:
             if pair.m is not None:
                 yield path, "m", pair.m
 
-    def check(self, config: KhalaConfig) -> None:
-        """Refuse to work on a model that this adapter does not fit.
+    def check(self, config: KhalaConfig, strength: float = 1.0) -> None:
+        """Refuse to work, at this strength, on a model that this adapter does not fit.
 
         Raises:
             AdapterError: naming every layer the model lacks, every misshapen array, and arrays
-                that are not finite; or that the adapter belongs to another backbone.
+                that are not finite, or would not be once scaled; or that the adapter belongs to
+                another backbone.
         """
         sizes = linear_sizes(config.backbone)
         if not self.pairs:
@@ -154,11 +156,26 @@ class Adapter:
             raise AdapterError(
                 f"The adapter {shown(self.name)} holds values that are not finite: {listed(bad)}."
             )
+        factor = abs(self.scale * strength)
+        largest = max(float(np.abs(pair.b).max(initial=0)) for pair in self.pairs.values())
+        # Not so where either is no number.
+        if not (math.isfinite(factor) and largest * factor <= float(np.finfo(np.float32).max)):
+            raise AdapterError(
+                f"The adapter {shown(self.name)} cannot be scaled by {self.scale:g}, nor at a "
+                f"strength of {strength:g}: its values would not be finite."
+            )
         if self.base is not None and self.base != backbone_id(config):
             raise AdapterError(
                 f"The adapter {shown(self.name)} was trained on another backbone "
                 f"({self.base[:12]}, this one is {backbone_id(config)[:12]})."
             )
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value, of a file perhaps, is a number that a float holds."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # Any whole number can stand in JSON.
+    return number and bool(abs(value) < 2.0**1023)
 
 
 def linear_sizes(config: TransformerConfig) -> dict[str, tuple[int, int]]:
@@ -218,7 +235,9 @@ def pairs_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Pair]:
         f"{path}.{leaf}"
         for path, parts in sorted(leaves.items())
         for leaf in parts
-        if not {"lora_a", "lora_b"} <= set(parts) <= {"lora_a", "lora_b", "m"}
+        if not path
+        or not {"lora_a", "lora_b"} <= set(parts) <= {"lora_a", "lora_b", "m"}
+        or min(parts["lora_a"].ndim, parts["lora_b"].ndim) < 2
     ]
     if odd:
         raise AdapterError(f"The adapter holds arrays that belong to no LoRA pair: {listed(odd)}.")

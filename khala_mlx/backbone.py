@@ -274,8 +274,8 @@ class _Rows:
         self._unread.clear()
         if block.min() < 0:
             raise KhalaError(
-                "The backbone made no usable numbers: the device is out of memory, or the weights "
-                "need another dtype than this."
+                "The backbone made no usable numbers: the device is out of memory, the weights "
+                "need another dtype than this, or an adapter is too strong."
             )
         kept = []
         for row, (song, written) in enumerate(zip(self._going_on, block.tolist(), strict=True)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,12 @@ class Adapters:
         Raises:
             AdapterError: if an adapter cannot be read or does not fit, or a scale is no number.
         """
+        if isinstance(adapters, (str, Path, Adapter)):
+            raise AdapterError("Adapters have to be a list, be it of one.")
         loaded = [a if isinstance(a, Adapter) else Adapter.load(Path(a)) for a in adapters]
-        for adapter in loaded:
-            adapter.check(config)
         chosen = list(zip(loaded, _strengths(scales, len(loaded)), strict=True))
+        for adapter, strength in chosen:
+            adapter.check(config, strength)
         model = self._model
         self.leave()
         self.chosen = chosen
@@ -87,10 +89,12 @@ class Adapters:
 def _strengths(scales: Sequence[float] | None, count: int) -> list[float]:
     if scales is None:
         return [1.0] * count
+    if not isinstance(scales, Sized):
+        raise AdapterError("Scales have to be a list, one for each adapter.")
     if len(scales) != count:
         raise AdapterError(f"There are {count} adapters, but {len(scales)} scales.")
     for scale in scales:
-        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        number = isinstance(scale, (int, float, np.number)) and not isinstance(scale, bool)
         if not number or not math.isfinite(scale):
             raise AdapterError(f"An adapter's scale has to be a number, got {scale!r}.")
     return [float(scale) for scale in scales]

@@ -156,3 +156,27 @@ def test_a_damaged_folder_is_one_sentence(
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(AdapterError, match=sentence):
         Adapter.load(tmp_path / "some")
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 10**400, True, "2"])
+def test_a_scale_that_no_float_holds_is_refused(tmp_path: Path, scale: Any) -> None:
+    adapter = random_adapter(CONFIG)
+    arrays = {f"{path}.{leaf}": array for path, leaf, array in adapter.leaves()}
+    about = adapter.about()
+    about["lora_parameters"]["scale"] = scale
+    save_adapter(tmp_path, arrays, about)
+    with pytest.raises(AdapterError, match="describes no LoRA"):
+        Adapter.load(tmp_path)
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("-inf"), 1e300])
+def test_a_strength_beyond_float32_is_refused(strength: float) -> None:
+    with pytest.raises(AdapterError, match="would not be finite"):
+        random_adapter(CONFIG).check(CONFIG, strength)
+
+
+@pytest.mark.parametrize("name", ["", "layers.0.self_attn.q_proj."])
+def test_arrays_that_are_no_matrices_or_of_no_layer_are_named(name: str) -> None:
+    shape = (2, 2) if not name else (2,)
+    with pytest.raises(AdapterError, match=f"{name}lora_a"):
+        pairs_of({f"{name}lora_a": np.zeros(shape), f"{name}lora_b": np.zeros(shape)})

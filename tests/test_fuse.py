@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from tiny_model import write_tiny_model
-from tiny_songs import random_adapter
+from tiny_songs import random_adapter, write_songs
 from tolerances import CLOSE
 
 from khala_mlx import Khala, KhalaError
@@ -130,3 +130,19 @@ def test_fuse_from_the_command_line(tiny_folder: Path, tmp_path: Path) -> None:
     result = run(tmp_path / "more", *options, "--json")
     assert json.loads(result.stdout)["adapters"] == ["one", "two"]
     assert run(tmp_path / "none", "-m", tiny_folder).exit_code == 2
+
+
+def test_no_model_of_numbers_that_are_not_finite_is_written(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    adapter = random_adapter(CONFIG, size=3.0)
+    for strength in (float("nan"), float("inf"), 1e37):
+        with pytest.raises(KhalaError, match="finite"):
+            fuse(tiny_folder, [(adapter, strength)], tmp_path / "fused")
+        assert not list(tmp_path.iterdir())
+    export_adapter(adapter, tmp_path / "some", "mlx")
+    data = write_songs(tmp_path / "songs", [5], held_out=1)
+    options = ["--model", tiny_folder, "--data", data, "--adapter", tmp_path / "some"]
+    arguments = ["train", "evaluate", *map(str, options), "--adapter-scale", "1e37"]
+    result = CliRunner().invoke(main, arguments)
+    assert (result.exit_code, result.stderr.count("an adapter is too strong")) == (1, 1)

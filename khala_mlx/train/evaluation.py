@@ -6,6 +6,7 @@ artist are alike, so that it is artists that are drawn, with all of their songs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from khala_mlx.backbone import Backbone
+from khala_mlx.errors import KhalaError
 from khala_mlx.train.audio_nats import summed_nats, targets_of
 from khala_mlx.train.prepared import Prepared
 from khala_mlx.train.sequences import Example, padded
@@ -52,7 +54,13 @@ def song_nats(
         rows = padded([example.coarse_sequence(model.layout)])
         targets = targets_of(rows, model.layout, whole_vocabulary=whole_vocabulary)
         hidden = model.hidden(mx.array(rows[:, :-1]))
-        nats.append(summed_nats(model, hidden, targets).item())
+        lost = float(summed_nats(model, hidden, targets))
+        nats.append(lost)
+        if not math.isfinite(lost):
+            raise KhalaError(
+                "The model makes no usable numbers of these songs: the device is out of memory, or "
+                "an adapter is too strong."
+            )
         counts.append(sum(each.count for each in targets))
         if on_progress is not None:
             on_progress(number, len(examples))
