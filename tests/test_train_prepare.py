@@ -508,3 +508,20 @@ def test_a_folder_may_lie_inside_its_songs(tiny_folder: Path, tmp_path: Path) ->
     song(tmp_path / "out" / "heard.wav", 2)
     for _ in range(2):
         assert told(tiny_folder, tmp_path, tmp_path / "out")["songs"] == 2
+
+
+def test_a_table_of_songs_is_not_written_over(tiny_folder: Path, tmp_path: Path) -> None:
+    songs = tmp_path / "songs"
+    song(songs / "a.wav", 1)
+    table = songs / "metadata.jsonl"
+    table.write_text('{"file": "a.wav", "lyrics": "typed by hand"}\n')
+    before = {path: path.read_bytes() for path in songs.iterdir()}
+    for out in (songs, songs / ".." / "songs"):
+        result = run(tiny_folder, songs, out)
+        assert result.exit_code == 1
+        assert "would be written over" in result.stderr
+        assert {path: path.read_bytes() for path in songs.iterdir()} == before
+    table.unlink()
+    result = run(tiny_folder, songs, songs)
+    assert result.exit_code == 1
+    assert "where the codes are to go" in result.stderr

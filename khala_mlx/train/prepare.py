@@ -31,6 +31,7 @@ from khala_mlx.train.data import SPLITS
 from khala_mlx.train.hearing import Heard, Hearing
 from khala_mlx.train.sequences import prompt_of
 from khala_mlx.train.songs import (
+    TABLE,
     Found,
     Unusable,
     Words,
@@ -108,6 +109,7 @@ def tools_of(
     Raises:
         KhalaError: if one of them cannot be read, or another tokenizer is there already.
     """
+    check_folder(folder)
     config = None
     if model is not None:
         source = find_model(model)
@@ -128,6 +130,20 @@ def tools_of(
     elif target.read_bytes() != tokenizer.read_bytes():
         raise KhalaError(f"{folder} was prepared with another tokenizer; choose a new folder.")
     return Tools(codec, reader, config, max_prompt)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse to write over a metadata.jsonl that tells of sound files instead of codes.
+
+    Raises:
+        KhalaError: if `folder` holds one, as a folder of songs does.
+    """
+    ours = (folder / "codes").is_dir() or (folder / "report.json").exists()
+    if (folder / TABLE).exists() and not ours:
+        raise KhalaError(
+            f"{folder} holds a {TABLE} that was not prepared here and would be written over; "
+            "choose another folder."
+        )
 
 
 def prepare(
@@ -155,9 +171,11 @@ def prepare(
         The report, as it is in `folder`/report.json; see docs/fine-tuning.md.
 
     Raises:
-        KhalaError: if there is no sound file, none can be used, or the disk is full. A song that
+        KhalaError: if there is no sound file, none can be used, `folder` holds a table of another
+            kind, or the disk is full. A song that
             cannot be used is no error: it is in the report.
     """
+    check_folder(folder)
     report = on_progress or (lambda stage, done, total: None)
     codec = tools.codec.config
     hearing = Hearing(
@@ -189,7 +207,7 @@ def prepare(
         "max_minutes": max_minutes,
         "codec": tools.identity,
     }
-    _write(folder / "metadata.jsonl", lines)
+    _write(folder / TABLE, lines)
     _write(folder / "report.json", json.dumps(told, ensure_ascii=False, indent=2) + "\n")
     if not entries:
         raise KhalaError(
@@ -314,7 +332,7 @@ def _splits_before(folder: Path, how: Mapping[str, Any]) -> dict[str, str]:
     try:
         if json.loads((folder / "report.json").read_text(encoding="utf-8"))["split"] != how:
             return {}
-        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").split("\n")
+        lines = (folder / TABLE).read_text(encoding="utf-8").split("\n")
         entries = [json.loads(line) for line in lines if line]
         return {entry["sound"]: entry["split"] for entry in entries if entry["split"] in SPLITS}
     except (OSError, ValueError, KeyError, TypeError):

@@ -75,6 +75,8 @@ def find_songs(folder: Path, out: Path) -> list[Found]:
             top = path.relative_to(folder).parts[0]
             split = (top if top in SPLITS else None) if by_folder else ""
             found.append(Found(path, shown(path.relative_to(folder)), split))
+    if not found:
+        raise KhalaError(f"All sound files in {folder} lie in {out}, where the codes are to go.")
     return found
 
 
