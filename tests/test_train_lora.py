@@ -348,6 +348,9 @@ def test_data_that_does_not_go_with_the_model(
     ("changes", "sentence"),
     [
         ({"rank": 0}, "rank has to be above 0"),
+        ({"scale": math.nan}, "scale has to be a number"),
+        ({"max_seconds": math.inf}, "max_seconds has to be a number"),
+        ({"schedule": {"seed": -1}}, "seed has to be a whole number from 0"),
         ({"dropout": 1.0}, "dropout has to lie"),
         ({"replay_share": 1.0}, "replay_share has to lie"),
         ({"layers": -1}, "layers has to be 0 or above"),
@@ -369,6 +372,59 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     with pytest.raises(KhalaError, match="lower the learning rate"):
         train_lora(plan(tiny_folder, data, wild), tmp_path / "run")
     assert (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize("content", ["nonsense\n", "[]\n", None])
+def test_a_run_goes_on_without_its_log_but_not_with_a_damaged_one(
+    tiny_folder: Path, data: Path, tmp_path: Path, content: str | None
+) -> None:
+    chosen, folder = plan(tiny_folder, data, settings({"steps": 2})), tmp_path / "run"
+    whole = train_lora(chosen, folder)
+    if content is None:
+        (folder / "log.jsonl").unlink()
+        assert train_lora(chosen, folder, resume=True)["loss"] == whole["loss"]
+        return
+    (folder / "log.jsonl").write_text(content)
+    with pytest.raises(KhalaError, match=r"log\.jsonl is damaged; remove it"):
+        train_lora(chosen, folder, resume=True)
+
+
+@pytest.mark.parametrize("about", [{}, {"step": "x", "settings": "{"}], ids=str)
+def test_another_file_is_no_checkpoint(
+    tiny_folder: Path, data: Path, tmp_path: Path, about: dict[str, str]
+) -> None:
+    mx.save_safetensors(str(tmp_path / "checkpoint.safetensors"), {"a": mx.zeros(2)}, about)
+    with pytest.raises(KhalaError, match="is no whole checkpoint"):
+        train_lora(plan(tiny_folder, data, settings()), tmp_path, resume=True)
+
+
+def test_a_file_in_the_place_of_the_folder(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(KhalaError, match="cannot be written"):
+        train_lora(plan(tiny_folder, data, settings()), tmp_path / "run")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"id": None, "codes": 5}, {"minutes": "2"}, {"tags": None}, {"lyrics": ["a"]}, {"artist": 5}],
+    ids=str,
+)
+def test_a_line_of_another_kind_is_damage(
+    tiny_folder: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    folder = write_songs(tmp_path / "coded", [5])
+    line = json.loads((folder / "metadata.jsonl").read_text())
+    (folder / "metadata.jsonl").write_text(json.dumps({**line, **change}))
+    with pytest.raises(KhalaError, match="is damaged; prepare the songs again"):
+        plan(tiny_folder, folder, settings())
+
+
+def test_codes_of_no_frames_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = write_songs(tmp_path / "coded", [5])
+    np.savez(folder / "codes" / "s0.npz", codes=np.zeros((8, 0), int))
+    with pytest.raises(KhalaError, match="hold nothing"):
+        plan(tiny_folder, folder, settings())
 
 
 def test_no_songs_held_out_means_no_figures(tiny_folder: Path, tmp_path: Path) -> None:

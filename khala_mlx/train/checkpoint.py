@@ -60,19 +60,20 @@ def load(
         arrays, about = loaded
         # A copy in memory: mx.load is lazy, and this very file is written again later.
         arrays = {name: mx.array(np.array(array)) for name, array in arrays.items()}
-    except (RuntimeError, ValueError) as error:
+        step, made_with = int(about["step"]), json.loads(about["settings"])
+        parts: dict[str, dict[str, mx.array]] = {"model": {}, "optimizer": {}, "state": {}}
+        for name, array in arrays.items():
+            part, rest = name.split(".", 1)
+            parts[part][rest] = array
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{path} is no whole checkpoint.") from error
-    if json.loads(about["settings"]) != json.loads(json.dumps(settings)):
+    if made_with != json.loads(json.dumps(settings)):
         raise WeightsError(f"{path} was made with other settings or songs; resume with the same.")
-    parts: dict[str, dict[str, mx.array]] = {"model": {}, "optimizer": {}, "state": {}}
-    for name, array in arrays.items():
-        part, rest = name.split(".", 1)
-        parts[part][rest] = array
     if _shapes(parts["model"]) != _shapes(dict(tree_flatten(weights))):
         raise WeightsError(f"{path} holds other weights than this training learns.")
     model.load_weights(list(parts["model"].items()), strict=False)
     optimizer.state = tree_unflatten(list(parts["optimizer"].items()))
-    return int(about["step"]), parts["state"]
+    return step, parts["state"]
 
 
 def _shapes(arrays: dict[str, mx.array]) -> dict[str, tuple[int, ...]]:

@@ -94,7 +94,9 @@ def read_coded(folder: Path, split: str) -> list[CodedSong]:
     """
     songs = []
     for entry in _entries(folder, split):
-        codes = load_codes(folder / entry.get("codes", f"codes/{entry['id']}.npz"))
+        codes = load_codes(folder / entry.get("codes", f"codes/{entry.get('id')}.npz"))
+        if not codes.size:
+            raise KhalaError(f"The codes of {entry.get('id')} in {folder} hold nothing.")
         songs.append(CodedSong(codes, entry.get("tags", ""), entry.get("lyrics", ""), entry))
     if not songs:
         raise KhalaError(f"{folder} holds no songs of the split {split}.")
@@ -115,6 +117,18 @@ def _entries(folder: Path, split: str) -> list[dict[str, Any]]:
     try:
         # Lyrics may hold what Python's splitlines takes for the end of a line.
         entries = [json.loads(line) for line in text.split("\n") if line]
-        return [entry for entry in entries if entry.get("split", "train") == split]
-    except (ValueError, AttributeError) as error:
+        chosen = [entry for entry in entries if entry.get("split", "train") == split]
+        for entry in chosen:
+            _check_entry(entry)
+        return chosen
+    except (ValueError, AttributeError, TypeError) as error:
         raise KhalaError(f"{index} is damaged; prepare the songs again.") from error
+
+
+def _check_entry(entry: Mapping[str, Any]) -> None:
+    """ValueError where a field that is read is of another kind than `prepare` writes."""
+    for name in ("id", "codes", "tags", "lyrics", "artist"):
+        if not isinstance(entry.get(name, ""), str):
+            raise ValueError(name)
+    if not isinstance(entry.get("minutes", 1), int):
+        raise ValueError("minutes")

@@ -157,8 +157,11 @@ def train_lora(
     if not processes.leads:
         return figures
     log = entries(folder / LOG)
-    before = {"loss_before": log[0]["valid_loss"]} if "valid_loss" in log[0] else {}
-    return {**before, **figures, "steps": log[-1]["step"], "peak_bytes": peak}
+    # A run that goes on without its log has no first loss to tell, nor steps if none were left.
+    first = log[0] if log else {"step": 1}
+    before = {"loss_before": first["valid_loss"]} if first["step"] == 0 else {}
+    steps = {"steps": log[-1]["step"]} if log else {}
+    return {**before, **figures, **steps, "peak_bytes": peak}
 
 
 def _songs(

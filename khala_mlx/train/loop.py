@@ -137,20 +137,26 @@ class Run:
         if self.writes:
             # Lines behind the checkpoint belong to steps that will be made again.
             kept = [entry for entry in entries(log) if entry["step"] <= step]
-            log.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept), encoding="utf-8")
+            with appears_whole(log, overwrite=True) as temporary:
+                text = "".join(f"{json.dumps(entry)}\n" for entry in kept)
+                temporary.write_text(text, encoding="utf-8")
         return step
 
     def _save(self, step: int, optimizer: optim.Optimizer) -> None:
         if not self.writes:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save(self.folder, step, self.learnt(), optimizer, self.task.state, self.settings)
 
     def _log(self, entry: dict[str, float]) -> None:
         if not self.writes:
             return
-        with (self.folder / LOG).open("a", encoding="utf-8") as log:
-            log.write(json.dumps(entry) + "\n")
+        try:
+            with (self.folder / LOG).open("a", encoding="utf-8") as log:
+                log.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise KhalaError(
+                f"{self.folder / LOG} cannot be written: {error.strerror}; go on with --resume."
+            ) from error
 
     def _check_finite(self, step: int, loss: float, norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -163,7 +169,11 @@ class Run:
 def entries(log: Path) -> list[dict[str, float]]:
     """What a log tells; a last line that a kill cut short is left out."""
     text = log.read_text(encoding="utf-8") if log.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return [{**entry, "step": int(entry["step"])} for entry in found]
+    except (ValueError, KeyError, TypeError) as error:
+        raise KhalaError(f"{log} is damaged; remove it to go on without.") from error
 
 
 def make_optimizer(schedule: Schedule) -> optim.Optimizer:

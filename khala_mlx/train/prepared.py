@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ def read_prepared(
     layout, tokenizer = config.tokens, Tokenizer.from_file(source / "tokenizer.json")
     tokenizer.check(layout)
     _check_tokenizer(source / "tokenizer.json", data / "tokenizer.json")
+    if not 0 <= max_seconds < math.inf:
+        raise KhalaError(f"max_seconds has to be a number of seconds, got {max_seconds}.")
     most = int(max_seconds * config.codec.frame_rate)
     if max_seconds and not most:
         raise KhalaError(f"{max_seconds} seconds are less than one frame.")

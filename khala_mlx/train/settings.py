@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -49,6 +50,8 @@ class Schedule(Strict):
             raise ConfigError("schedule: betas have to be two numbers from 0 to below 1.")
         if self.learning_rate <= 0 or self.clip_norm <= 0:
             raise ConfigError("schedule: learning_rate and clip_norm have to be above 0.")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError("schedule: seed has to be a whole number from 0 to 2**64 - 1.")
         if self.warmup < 0 or self.keep_every < 0:
             raise ConfigError("schedule: warmup and keep_every have to be 0 or above.")
 
@@ -99,9 +102,16 @@ class CodecTraining(_FromFile):
     fit_frames: int = 16384
 
     def __post_init__(self) -> None:
+        for name in ("crop_frames", "quantise_after", "fit_frames"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} has to be above 0.")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError("ema_decay has to lie in 0 to below 1.")
         if not 1 <= self.trained_layers <= self.codec.num_codebooks:
             raise ConfigError("trained_layers has to lie in 1..codec.num_codebooks.")
-        if not self.layer_choices or any(n > self.trained_layers for n in self.layer_choices):
+        if not self.layer_choices or not all(
+            0 <= n <= self.trained_layers for n in self.layer_choices
+        ):
             raise ConfigError("layer_choices have to lie in 0..trained_layers.")
 
 
@@ -188,6 +198,9 @@ class LoraTraining(Strict):
         for name in ("rank", "accumulate"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"lora: {name} has to be above 0.")
+        for name in ("scale", "max_seconds"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"lora: {name} has to be a number.")
         for name in ("layers", "max_seconds", "patience"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"lora: {name} has to be 0 or above.")
