@@ -229,26 +229,54 @@ def fetch(
     return Path(found)
 
 
+class NoParts(HubError):
+    """The Hub, or a mirror of it, gives no parts of files."""
+
+
 def read_range(repo: str, revision: str, name: str, start: int, stop: int) -> bytes:
     """The bytes of a file from start to stop.
 
     Raises:
-        HubError: in one sentence, also where the Hub gives no parts of files.
+        HubError: in one sentence; NoParts where only whole files are given.
     """
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
     headers = {**build_hf_headers(), "range": f"bytes={start}-{stop - 1}"}
+    where = f"{shown(name)} of {shown(repo)}"
+    come, broken = bytearray(), None
     try:
-        with _quietly():
-            url = hf_hub_url(repo, name, revision=revision)
-            response = http_backoff("GET", url, headers=headers, max_retries=2, timeout=_PATIENCE)
+        with (
+            _quietly(),
+            http_stream_backoff(
+                "GET",
+                hf_hub_url(repo, name, revision=revision),
+                headers=headers,
+                max_retries=2,
+                timeout=_PATIENCE,
+            ) as response,
+        ):
             hf_raise_for_status(response)
+            if response.status_code != 206:
+                # What follows is the whole file, which may not fit into memory.
+                raise NoParts(f"No part of {where} can be had.")
+            try:
+                for piece in response.iter_bytes():
+                    come += piece
+                    if len(come) > stop - start:
+                        break
+            except Exception as error:
+                # Raised in here it would be taken for a reason to ask once more.
+                broken = error
+        if broken is not None:
+            raise broken
+    except NoParts:
+        raise
     except Exception as error:
         raise _unreachable(repo, error) or _told(repo, error) from error
-    if response.status_code != 206 or len(response.content) != stop - start:
-        raise HubError(f"{shown(repo)} did not send the part of {shown(name)} that was asked for.")
-    return bytes(response.content)
+    if len(come) != stop - start:
+        raise HubError(f"The Hub did not send the part of {where} that was asked for: try again.")
+    return bytes(come)
 
 
 def _unreachable(repo: str, error: Exception) -> HubError | None:

@@ -260,6 +260,10 @@ def _fetch_part(there: hub.Listing, name: str, staging: Path, count: Callable[[i
 
     try:
         return fetch_codec(path, there.files[name].size, read, count)
+    except hub.NoParts:
+        # Then the file comes whole.
+        path.with_name(f"{path.name}.partial").unlink(missing_ok=True)
+        return False
     except OSError as error:
         raise KhalaError(f"{path} cannot be written: {error.strerror}.") from error
 
