@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,7 @@ def _show_plan(khala: Any, options: dict[str, Any], base: Any) -> None:
 
 def _resume(options: dict[str, Any]) -> None:
     from khala_mlx.audio import check_output
+    from khala_mlx.errors import KhalaWarning
     from khala_mlx.song import check_free, take_path
     from khala_mlx.song_files import (
         check_unfinished,
@@ -298,6 +300,13 @@ def _resume(options: dict[str, Any]) -> None:
     if not own:
         check_free(output)
     elif not check_unfinished(take, output):
+        if asked := sorted(name for name in OF_THE_FILE if given(name)):
+            warnings.warn(
+                f"{output} is finished and stays as it is; `khala render` with another --output "
+                f"writes it with {', '.join(map(flag, asked))}.",
+                KhalaWarning,
+                stacklevel=2,
+            )
         report({"file": str(output), "finished": "already"}, options["as_json"])
         return
     khala = open_model(options, take)

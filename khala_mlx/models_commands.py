@@ -98,7 +98,8 @@ def remove(name: str, as_json: bool) -> None:
 @click.option("--against", metavar="FULL", help="Compare with the model it was packed from.")
 @click.option(
     "--frames",
-    type=click.IntRange(1, 4000),
+    # More would hold probabilities of gigabytes.
+    type=click.IntRange(1, 1024),
     default=64,
     show_default=True,
     help="How much song to compare on, with --against.",

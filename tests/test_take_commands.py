@@ -76,6 +76,10 @@ def test_a_song_is_gone_on_with_from_anywhere(
     assert names() == ["a.json", "a.take.safetensors", "a.wav"]
     again = run("generate", "--resume", "a.take.safetensors", "--json")
     assert json.loads(again.stdout) == {"file": "a.wav", "finished": "already"}
+    assert again.stderr == ""
+    again = run("generate", "--resume", "a.take.safetensors", "--fade", "1")
+    assert "`khala render` with another --output writes it with --fade." in again.stderr
+    assert Path("a.wav").read_bytes() == whole
 
 
 def test_what_was_said_of_the_sound_is_kept(
