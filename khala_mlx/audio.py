@@ -62,6 +62,8 @@ def check_output(path: Path, bit_depth: str = "16") -> None:
 
 def check_waveform(waveform: np.ndarray) -> None:
     """Refuse anything but finite float samples [L, C]."""
+    if not isinstance(waveform, np.ndarray):
+        raise AudioError(f"A waveform has to be a NumPy array, got {type(waveform).__name__}.")
     if waveform.ndim != 2 or 0 in waveform.shape or waveform.dtype.kind != "f":
         raise AudioError(
             f"A waveform has to be floats of shape [samples, channels], got {waveform.dtype} of "

@@ -11,6 +11,7 @@ import numpy as np
 
 from khala_mlx import audio, loudness
 from khala_mlx.errors import AudioError, KhalaWarning
+from khala_mlx.names import shown
 
 # Quieter than any music, and the ceiling itself.
 _QUIETEST, _LOUDEST = -70.0, 0.0
@@ -34,6 +35,13 @@ class Finish:
     bit_depth: str = "16"
 
     def __post_init__(self) -> None:
+        for name in ("loudness", "fade"):
+            value = getattr(self, name)
+            if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
+                # NumPy's numbers cannot be written into the sidecar.
+                object.__setattr__(self, name, float(value))
+            elif name == "fade" or value is not None:
+                raise AudioError(f"{name} has to be a number, got {shown(value)}.")
         if self.loudness is not None and not _QUIETEST <= self.loudness <= _LOUDEST:
             raise AudioError(f"loudness has to be -70 to 0 LUFS, got {self.loudness:g}.")
         if not 0 <= self.fade < math.inf:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from khala_mlx import audio, player
-from khala_mlx.errors import KhalaWarning
+from khala_mlx.errors import AudioError, KhalaWarning
 from khala_mlx.files import appears_whole, check_destination
 from khala_mlx.finish import Finish
 from khala_mlx.names import shown
@@ -82,13 +82,14 @@ class Song:
         path = Path(path)
         audio.check_output(path, bit_depth)
         audio.check_waveform(self.waveform)
+        self._check()
         finish = Finish(normalize, loudness, fade, bit_depth)
         if finishing:
             check_destination(path)
         else:
             check_free(path, overwrite=overwrite)
         waveform, levels = finish.apply(self.waveform, self.sample_rate)
-        named = {n: clean(text) for n, text in (("title", title), ("artist", artist)) if text}
+        named = {n: clean(str(text)) for n, text in (("title", title), ("artist", artist)) if text}
         file = {"file": clean(path.name), "bit_depth": bit_depth}
         self.metadata["output"] = {**file, **named, **levels}
         replace = overwrite or finishing
@@ -111,6 +112,14 @@ class Song:
         """Play on the default device and wait for the end."""
         waveform = audio.fit_scale(self.waveform, normalize=True)[0]
         player.play(player.Track.whole(waveform, self.sample_rate))
+
+    def _check(self) -> None:
+        """Refuse what a song of one's own may have been given, and no file holds."""
+        rate, codes = self.sample_rate, self.codes
+        if not isinstance(rate, (int, np.integer)) or not 0 < rate < 2**31:
+            raise AudioError(f"sample_rate has to be a whole number above 0, got {shown(rate)}.")
+        if not isinstance(codes, np.ndarray) or codes.ndim != 2 or codes.dtype.kind not in "iu":
+            raise AudioError("The codes of a song have to be an array of integers [K, T].")
 
     def _own_take(self) -> Take:
         return Take(self.metadata, self.codes, num_codebooks=len(self.codes))
