@@ -15,7 +15,7 @@ import numpy as np
 from khala_mlx import tokens
 from khala_mlx.cache import check_kv_bits, keep_rows, make_cache, spread
 from khala_mlx.config import BackboneConfig, TokenLayout
-from khala_mlx.errors import KhalaError, KhalaWarning
+from khala_mlx.errors import KhalaError, KhalaWarning, NoSongError
 from khala_mlx.sampling import check_sampling, sample, uniform_draws, usable
 from khala_mlx.transformer import Transformer, like_input, projector
 
@@ -80,7 +80,7 @@ class Backbone(Transformer):
         Returns:
             Token ids [n] for each key, n <= max_tokens.
         """
-        check_sampling(top_k, temperature)
+        top_k, temperature = check_sampling(top_k, temperature)
         check_kv_bits(kv_bits, self.config.head_dim)
         prompt = self.checked_ids(np.asarray(ids)[None], 2, "[1, P]")
         choices = self.choices(reachable_only)
@@ -188,7 +188,8 @@ class Backbone(Transformer):
                 failures[number] = error
                 songs.append(np.empty((layers, 0), dtype=np.int64))
         if len(failures) == len(songs):
-            raise next(iter(failures.values()))
+            first = next(iter(failures.values()))
+            raise NoSongError(str(first)) from first
         for number, why in failures.items():
             warnings.warn(f"Song {number}: {why}", KhalaWarning, stacklevel=2)
         return songs
@@ -223,9 +224,7 @@ class Backbone(Transformer):
         return tokens.deinterleave(self.layout, written)
 
     def _check_frames(self, prompt_length: int, max_frames: int, min_frames: int) -> None:
-        for name, value in (("max_frames", max_frames), ("min_frames", min_frames)):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                raise KhalaError(f"{name} has to be a whole number, got {value!r}.")
+        check_whole(max_frames=max_frames, min_frames=min_frames)
         if max_frames < 1 or not 0 <= min_frames <= max_frames:
             raise KhalaError(
                 f"A song needs at least one frame and 0 <= min_frames <= max_frames, got "
@@ -252,6 +251,13 @@ class Backbone(Transformer):
             candidates = mx.array([self.layout.end_of_song, *window])
             choices.append((projector(self.lm_head, candidates), candidates))
         return choices
+
+
+def check_whole(**values: Any) -> None:
+    """Refuse values that are no whole numbers, by their names."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise KhalaError(f"{name} has to be a whole number, got {value!r}.")
 
 
 class _Rows:

@@ -383,7 +383,7 @@ def _report(on_progress: Progress | None, done: int, total: int) -> None:
 
 
 def _checked_waveform(given: np.ndarray, channels: int) -> np.ndarray:
-    waveform = np.asarray(given)
+    waveform = tokens.plain_array(given, "A waveform has")
     if waveform.ndim != 2 or waveform.shape[1] != channels:
         shape = list(waveform.shape)
         raise AudioError(f"A waveform has to be an array of shape [L, {channels}], got {shape}.")
@@ -391,6 +391,8 @@ def _checked_waveform(given: np.ndarray, channels: int) -> np.ndarray:
         raise AudioError(f"A waveform has to be floats from -1 to 1, got {waveform.dtype}.")
     if len(waveform) == 0:
         raise AudioError("A waveform has to hold at least one sample.")
+    with np.errstate(over="ignore"):
+        waveform = waveform.astype(np.float32, copy=False)
     if not np.isfinite(waveform).all():
         raise AudioError("A waveform has to be finite, this one holds NaN or infinity.")
-    return waveform.astype(np.float32, copy=False)
+    return waveform

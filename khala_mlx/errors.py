@@ -25,6 +25,10 @@ class ConvertError(KhalaError):
     """A foreign checkpoint that cannot be read or converted."""
 
 
+class NoSongError(KhalaError):
+    """None of some songs that were composed together came to anything; others may."""
+
+
 class HubError(KhalaError):
     """A file that cannot be fetched from the Hugging Face Hub."""
 

@@ -88,9 +88,10 @@ class Intake(Stages):
         Raises:
             KhalaError: if the request cannot be served.
         """
+        kept = None if kept is None else tokens.plain_array(kept, "Codes have")
         if kept is not None and kept.size:
             layout = self.config.tokens
-            coarse, refined = np.split(kept, [layout.num_coarse])
+            coarse, refined = np.split(np.atleast_1d(kept), [layout.num_coarse])
             kept = tokens.check_begun(layout, coarse, refined)
         self._check_request(request)
         backbone_ids, superres_ids = self._request_ids(request)
@@ -109,7 +110,7 @@ class Intake(Stages):
         self, request: Request, seeds: Sequence[int], kept: np.ndarray | None = None
     ) -> list[Take]:
         """`begin` for each of `seeds` (not the request's own)."""
-        check_seeds(seeds)
+        seeds = check_seeds(seeds)
         take = self.begin(request, kept)
         return [take.with_request(replace(request, seed=seed)) for seed in seeds]
 

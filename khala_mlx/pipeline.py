@@ -5,14 +5,16 @@ from __future__ import annotations
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 
 from khala_mlx import tokens
 from khala_mlx.audio import SILENCE
+from khala_mlx.backbone import check_whole
 from khala_mlx.clock import Progress, timed
-from khala_mlx.errors import KhalaError, KhalaWarning
+from khala_mlx.errors import KhalaError, KhalaWarning, NoSongError
 from khala_mlx.intake import Intake
 from khala_mlx.planning import Job, Plan
 from khala_mlx.request import Request
@@ -144,15 +146,18 @@ class Khala(Intake):
             layers: refine no further than that: drafts, to be finished by another call.
 
         Raises:
-            KhalaError: at once if `layers` is no number of layers that can be heard, or if the
-                songs need more memory than there is however the work is cut.
+            KhalaError: at once if `layers` is no number of layers that can be heard, if takes to
+                be composed are of different requests, or if the songs need more memory than there
+                is however the work is cut.
         """
         self.check_draft(layers)
+        takes = list(takes)
         if not takes:
             return iter(())
+        _check_alike(takes)
         plan = self._plan_of(takes)
         plan.check()
-        return self._songs(list(takes), plan, on_progress, on_take or (lambda _: None), layers)
+        return self._songs(takes, plan, on_progress, on_take or (lambda _: None), layers)
 
     def compose_takes(
         self,
@@ -165,8 +170,9 @@ class Khala(Intake):
         Each may be judged by `surprise` when `on_take` is called with it.
 
         Raises:
-            KhalaError: if that needs more memory than there is.
+            KhalaError: if that needs more memory than there is, or they are of different requests.
         """
+        _check_alike(takes)
         plan = self._plan_of(takes, judged=True)
         plan.check()
         with self._following(plan):
@@ -175,10 +181,11 @@ class Khala(Intake):
     def _compose_takes(
         self, takes: Sequence[Take], plan: Plan, on_progress: Progress | None, keep: OnTake
     ) -> None:
-        """As many at a time as the memory holds."""
+        """As many at a time as the memory holds; what fails is left without codes."""
         new = [take for take in takes if not take.layers]
         at_once = plan.songs_at_once
         batches = [new[first : first + at_once] for first in range(0, len(new), at_once)]
+        failures: list[tuple[int, NoSongError]] = []
         for part, batch in enumerate(batches):
             request, layout = batch[0].request, self.config.tokens
             kept, (most, least) = batch[0].kept[: layout.num_coarse], batch[0].budget
@@ -186,18 +193,22 @@ class Khala(Intake):
             if begun:
                 prompt = np.concatenate([prompt, tokens.interleave(layout, kept)])
             shared: dict[str, float] = {}
-            with timed(shared, "compose", on_progress, part, len(batches)) as progress:
-                composed = self.compose_many(
-                    prompt,
-                    seeds=[take.request.seed for take in batch],
-                    max_frames=most - begun,
-                    min_frames=max(0, least - begun),
-                    temperature=request.temperature,
-                    top_k=request.top_k,
-                    reachable_only=request.reachable_only,
-                    kv_bits=request.kv_bits,
-                    on_progress=progress,
-                )
+            try:
+                with timed(shared, "compose", on_progress, part, len(batches)) as progress:
+                    composed = self.compose_many(
+                        prompt,
+                        seeds=[take.request.seed for take in batch],
+                        max_frames=most - begun,
+                        min_frames=max(0, least - begun),
+                        temperature=request.temperature,
+                        top_k=request.top_k,
+                        reachable_only=request.reachable_only,
+                        kv_bits=request.kv_bits,
+                        on_progress=progress,
+                    )
+            except NoSongError as error:
+                failures.append((len(batch), error))
+                continue
             for take, coarse in zip(batch, composed, strict=True):
                 if coarse.size:
                     codes = np.hstack([kept, coarse]) if begun else coarse
@@ -205,6 +216,10 @@ class Khala(Intake):
                     take.metadata["timings"]["compose"] = round(shared["compose"] / len(batch), 3)
                     keep(take)
         self._done_with("backbone")
+        if failures and not any(take.layers for take in takes):
+            raise failures[0][1]
+        for count, why in failures:
+            warnings.warn(f"{count} of the songs left out: {why}", KhalaWarning, stacklevel=2)
 
     def surprise(self, take: Take) -> float:
         """Nats of a coarse token of what a take's backbone composed; see Backbone.surprise."""
@@ -220,6 +235,8 @@ class Khala(Intake):
         keep: OnTake,
         layers: int | None,
     ) -> Iterator[Song]:
+        # No plan is followed while a song is with the caller, who may ask for others meanwhile,
+        # or never come back.
         with self._following(plan):
             self._compose_takes(takes, plan, on_progress, keep)
             made = [take for take in takes if take.layers]
@@ -232,18 +249,21 @@ class Khala(Intake):
                 # Each song has its own length: no buffer of this one fits the next.
                 mx.clear_cache()
             self._done_with("superres")
-            for part, take in enumerate(made):
-                timings = take.metadata["timings"]
-                with timed(timings, "render", on_progress, part, parts) as progress:
-                    chunk = plan.chunk_frames
-                    waveform = self.render(
-                        take.codes, draft=True, chunk_frames=chunk, on_progress=progress
-                    )
+        for part, take in enumerate(made):
+            timings = take.metadata["timings"]
+            with (
+                self._following(plan),
+                timed(timings, "render", on_progress, part, parts) as progress,
+            ):
+                chunk = plan.chunk_frames
+                waveform = self.render(
+                    take.codes, draft=True, chunk_frames=chunk, on_progress=progress
+                )
                 if part + 1 == parts:
                     self._done_with("codec")
-                if np.abs(waveform).max() < SILENCE:
-                    warnings.warn("The song is silent.", KhalaWarning, stacklevel=2)
-                yield Song(waveform, self.config.codec.sample_rate, take.codes, take.metadata, take)
+            if np.abs(waveform).max() < SILENCE:
+                warnings.warn("The song is silent.", KhalaWarning, stacklevel=2)
+            yield Song(waveform, self.config.codec.sample_rate, take.codes, take.metadata, take)
 
     def _plan_of(self, takes: Sequence[Take], *, judged: bool = False) -> Plan:
         """How these takes are made to fit."""
@@ -288,8 +308,24 @@ class Khala(Intake):
             KhalaError: if there are not so many, or too few to be heard.
         """
         least, most = self.config.tokens.num_coarse, self.config.tokens.num_codebooks
+        if layers is not None:
+            check_whole(layers=layers)
         if layers is not None and not least <= layers <= most:
             raise KhalaError(f"A draft has {least}..{most} layers, got {layers}.")
+
+
+def _check_alike(takes: Sequence[Take]) -> None:
+    """Refuse to compose takes together that differ in more than the seed."""
+    new = [take for take in takes if not take.layers]
+    for take in new[1:]:
+        first = new[0]
+        asked, told = (replace(each.request, seed=0) for each in (first, take))
+        same = asked == told and first.prompts == take.prompts and first.budget == take.budget
+        if not same or not np.array_equal(first.kept, take.kept):
+            raise KhalaError(
+                "Takes that are composed together have to be of one request but for the seed: make "
+                "the others by a call of their own."
+            )
 
 
 def _of_more(

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-import math
+import sys
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from khala_mlx.errors import KhalaError
 from khala_mlx.names import shown
 
 # The float32 two steps below 1: its product with any total is below that total.
 _LARGEST_DRAW = 1 - 2.0**-23
+# What a float holds; all is equally likely long before.
+_HOTTEST = sys.float_info.max
 
 
-def check_sampling(top_k: int, temperature: float = 1.0) -> None:
-    """Refuse values no rule below is defined for."""
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+def check_sampling(top_k: int, temperature: float = 1.0) -> tuple[int, float]:
+    """Refuse values no rule below is defined for; the others, NumPy's too, as Python's numbers."""
+    if not _is_whole(top_k) or top_k < 1:
         raise KhalaError(f"top_k has to be a whole number from 1 (greedy) up, got {shown(top_k)}.")
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+    number = _is_whole(temperature) or isinstance(temperature, (float, np.floating))
+    # NumPy compares in its own, smaller type.
+    plain = temperature.item() if isinstance(temperature, np.generic) else temperature
+    if not number or not 0 < plain <= _HOTTEST:
         raise KhalaError(
             f"temperature has to be above 0, got {shown(temperature)}; top_k=1 is greedy decoding."
         )
+    return int(top_k), float(plain)
 
 
 def stage_key(seed: int, stage: int) -> mx.array:
     """The key of one stage, so that a later stage can run again without the earlier ones."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+    if not _is_whole(seed) or not 0 <= seed < 2**64:
         raise KhalaError(f"seed has to be a whole number from 0 to 2**64 - 1, got {shown(seed)}.")
-    return mx.random.split(mx.random.key(seed), 2)[stage]
+    return mx.random.split(mx.random.key(int(seed)), 2)[stage]
 
 
 def top_k_logits(logits: mx.array, top_k: int, temperature: float) -> mx.array:
@@ -97,3 +105,7 @@ def exponential(key: mx.array, shape: tuple[int, ...]) -> mx.array:
     """Draws from Exponential(1), never 0."""
     # uniform is in [0, 1), so 1 - u is in (0, 1]; the floor guards the division above.
     return mx.maximum(-mx.log(1.0 - mx.random.uniform(shape=shape, key=key)), 1e-20)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

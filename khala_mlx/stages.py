@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -18,7 +18,7 @@ import numpy as np
 from khala_mlx import tokens, weights
 from khala_mlx.adapter import Adapter
 from khala_mlx.ahead import ReadAhead
-from khala_mlx.backbone import Backbone
+from khala_mlx.backbone import Backbone, check_whole
 from khala_mlx.codec import Codec
 from khala_mlx.config import DTYPES, KhalaConfig
 from khala_mlx.envelope import Setting
@@ -27,6 +27,7 @@ from khala_mlx.expected import Expected
 from khala_mlx.lengths import backbone_room, warn_window
 from khala_mlx.lora import Adapters
 from khala_mlx.machine import Machine, this_machine
+from khala_mlx.names import shown
 from khala_mlx.planning import Job, Plan, limits, make_plan
 from khala_mlx.prompt import Prompt, prompt_ids
 from khala_mlx.sampling import stage_key
@@ -64,7 +65,7 @@ class Stages:
         self._parts: dict[str, Any] = {}
         self._adapters = Adapters()
         self._machine: Machine | None = None
-        self._plan: Plan | None = None
+        self._plans: list[Plan] = []
         self._ahead: ReadAhead | None = None
 
     @classmethod
@@ -216,13 +217,14 @@ class Stages:
         tells why. More frames than fit the trained window are cut to those that do, with a
         KhalaWarning. See Backbone.generate_many for the other arguments and errors.
         """
-        check_seeds(seeds)
+        seeds, ids = check_seeds(seeds), tokens.check_prompt(ids)
+        check_whole(max_frames=max_frames, min_frames=min_frames)
         room = backbone_room(self.config, len(ids))
         if max_frames > room > 0:
             warn_window(self.config, max_frames, room)
             max_frames, min_frames = room, min(min_frames, room)
         return self.backbone.compose_many(
-            np.asarray(ids),
+            ids,
             keys=[stage_key(seed, 0) for seed in seeds],
             max_frames=max_frames,
             min_frames=min_frames,
@@ -253,9 +255,10 @@ class Stages:
         """
         key = stage_key(seed, 1)
         # Before the model is loaded.
+        ids = tokens.check_prompt(ids)
         tokens.check_begun(self.config.tokens, coarse, refined)
         return self.superres.refine(
-            np.asarray(ids),
+            ids,
             coarse,
             top_k=top_k,
             key=key,
@@ -343,15 +346,21 @@ class Stages:
         part: Loaded = self._parts[name]
         return part
 
+    @property
+    def _plan(self) -> Plan | None:
+        """The plan that is followed now, if any."""
+        return self._plans[-1] if self._plans else None
+
     @contextmanager
     def _following(self, plan: Plan) -> Iterator[None]:
         """Within its limits, and with its parts freed when they are done if it says so."""
-        self._plan = plan
+        self._plans.append(plan)
         try:
             with limits(plan):
                 yield
         finally:
-            self._plan = None
+            # What is left is that of a song in whose callbacks this one was asked for.
+            del self._plans[next(n for n, each in enumerate(self._plans) if each is plan)]
             if self._ahead:
                 self._ahead.stop()
                 self._ahead = None
@@ -379,9 +388,13 @@ class Stages:
         return weights.fingerprint(self.folder)
 
 
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Refuse what is no seed, or none at all."""
-    if not seeds:
+def check_seeds(seeds: Iterable[int]) -> list[int]:
+    """Seeds as a list of Python's numbers; refuse what is no seed, or none at all."""
+    if not isinstance(seeds, Iterable):
+        raise KhalaError(f"Seeds have to be a list, got {shown(seeds)}.")
+    listed = list(seeds)
+    if not listed:
         raise KhalaError("At least one seed is needed.")
-    for seed in seeds:
+    for seed in listed:
         stage_key(seed, 0)
+    return [int(seed) for seed in listed]

@@ -99,7 +99,7 @@ class SuperRes(Transformer):
             KhalaError: for codes or ids out of range, a prompt that leaves no room, or an
                 `expected` that has got to another layer.
         """
-        check_sampling(top_k)
+        top_k, _ = check_sampling(top_k)
         begun = tokens.check_begun(self.layout, coarse, refined)
         layers = self._check_layers(layers, len(begun))
         kept = self._check_kept(kept, begun)
@@ -198,13 +198,15 @@ class SuperRes(Transformer):
         most = self.layout.num_codebooks
         if layers is None:
             return most
-        if isinstance(layers, bool) or not isinstance(layers, int) or not begun <= layers <= most:
+        whole = isinstance(layers, (int, np.integer)) and not isinstance(layers, bool)
+        if not whole or not begun <= layers <= most:
             raise KhalaError(f"layers has to be a whole number {begun}..{most}, got {layers!r}.")
-        return layers
+        return int(layers)
 
     def _check_kept(self, kept: np.ndarray | None, codes: np.ndarray) -> np.ndarray:
         """Codes [k, T0] that stay; [0, 0] for none."""
-        if kept is None or kept.size == 0:
+        kept = np.empty((0, 0)) if kept is None else tokens.plain_array(kept, "Codes have")
+        if kept.size == 0:
             return np.empty((0, 0), dtype=np.int32)
         layout = self.layout
         kept = tokens.check_codes(

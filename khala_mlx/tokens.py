@@ -62,7 +62,7 @@ def check_codes(codes: Any, *, layers: int, codebook_size: int, fewer: bool = Fa
     Raises:
         KhalaError: for anything else.
     """
-    array = np.asarray(codes)
+    array = plain_array(codes, "Codes have")
     least = 1 if fewer else layers
     if array.ndim != 2 or not least <= array.shape[0] <= layers:
         wanted = f"1..{layers}" if fewer else f"{layers}"
@@ -87,8 +87,10 @@ def check_begun(layout: TokenLayout, coarse: Any, refined: Any = None) -> np.nda
         KhalaError: if either is none, as `check_codes` tells, or their lengths differ.
     """
     size = layout.codebook_size
-    codes = check_codes(coarse, layers=layout.num_coarse, codebook_size=size)
-    if refined is None or len(refined) == 0:
+    # One type for all: NumPy joins int64 and uint64 to floats.
+    codes = check_codes(coarse, layers=layout.num_coarse, codebook_size=size).astype(np.int64)
+    refined = np.empty((0, 0)) if refined is None else plain_array(refined, "Codes have")
+    if refined.ndim and len(refined) == 0:
         return codes
     fine = layout.num_codebooks - layout.num_coarse
     refined = check_codes(refined, layers=fine, codebook_size=size, fewer=True)
@@ -96,4 +98,29 @@ def check_begun(layout: TokenLayout, coarse: Any, refined: Any = None) -> np.nda
         raise KhalaError(
             f"The refined codes have {refined.shape[1]} frames, the coarse ones {codes.shape[1]}."
         )
-    return np.concatenate([codes, refined])
+    return np.concatenate([codes, refined.astype(np.int64)])
+
+
+def check_prompt(ids: Any) -> np.ndarray:
+    """Token ids of a prompt as an array [P]; which of them there are is the model's to say.
+
+    Raises:
+        KhalaError: if they are none, or no whole numbers.
+    """
+    array = plain_array(ids, "Token ids have")
+    if array.ndim == 1 and array.size == 0:
+        raise KhalaError("Token ids have to hold at least one token.")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise KhalaError(
+            f"Token ids have to be integers of shape [P], got {array.dtype} of shape "
+            f"{list(array.shape)}."
+        )
+    return array
+
+
+def plain_array(given: Any, what: str) -> np.ndarray:
+    """An array, or lists that make one; `what` begins the sentence for anything else."""
+    try:
+        return np.asarray(given)
+    except ValueError as error:
+        raise KhalaError(f"{what} to be an array, its rows of one length.") from error

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from khala_mlx import tokens
 from khala_mlx.attention import in_chunks
 from khala_mlx.cache import attend_packed
 from khala_mlx.config import TransformerConfig
@@ -214,7 +215,7 @@ class Transformer(nn.Module):
 
     def checked_ids(self, ids: Any, ndim: int, axes: str) -> mx.array:
         """`ids` as int32; a gather outside the table would return garbage silently."""
-        array = np.asarray(ids)
+        array = tokens.plain_array(ids, "Token ids have")
         if array.ndim != ndim or array.dtype.kind not in "iu" or array.size == 0:
             raise KhalaError(
                 f"Token ids have to be integers of shape {axes}, got {array.dtype} of shape "

@@ -37,6 +37,8 @@ def find_model(source: str | Path) -> Path:
     Raises:
         KhalaError: if there is none, saying how to make one.
     """
+    if not isinstance(source, (str, Path)):
+        raise WeightsError(f"A model is named by text or a path, not by {shown(source)}.")
     if source == "demo":
         return Path(__file__).parent / "demo"
     try:

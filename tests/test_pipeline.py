@@ -153,6 +153,172 @@ def test_songs_that_fail_are_left_out(tiny: Khala) -> None:
     assert len(lengths) > 1
 
 
+@pytest.fixture
+def one_at_a_time(tiny_folder: Path) -> Khala:
+    """A model that composes songs one after the other, for want of memory."""
+    khala = Khala.from_pretrained(tiny_folder)
+    plan_of = khala._plan_of
+    khala._plan_of = lambda *args, **named: dataclasses.replace(  # type: ignore[method-assign]
+        plan_of(*args, **named), songs_at_once=1
+    )
+    return khala
+
+
+def test_songs_that_fail_are_left_out_also_one_at_a_time(one_at_a_time: Khala) -> None:
+    asked = Request(tags="pop", seconds=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        seeds = range(40)
+        coarse = one_at_a_time.compose_many(
+            one_at_a_time.prompt_ids(tags="pop")[0], seeds=seeds, max_frames=11
+        )
+    ended = next(seed for seed in seeds if not coarse[seed].size)
+    sung = next(seed for seed in seeds if coarse[seed].size)
+    with pytest.warns(KhalaWarning, match="1 of the songs left out: The model ended"):
+        songs = list(one_at_a_time.fulfil_many(asked, [ended, sung]))
+    assert [song.metadata["request"]["seed"] for song in songs] == [sung]
+    with pytest.raises(KhalaError, match="ended the song before its first frame"):
+        list(one_at_a_time.fulfil_many(asked, [ended]))
+
+
+def test_songs_are_made_while_others_wait(tiny_folder: Path) -> None:
+    khala = Khala.from_pretrained(tiny_folder, keep_loaded=False)
+    asked = Request(tags="pop", seconds=0.2, min_seconds=0.2)
+    alone = [khala.fulfil(dataclasses.replace(asked, seed=seed)) for seed in (1, 2)]
+    limit = mx.set_cache_limit(1 << 28)
+    try:
+        first, second = (khala.fulfil_many(asked, [1, 2]) for _ in range(2))
+        songs = [next(first), next(second), khala.fulfil(asked), next(first)]
+        # The second is given up with one song to come.
+        assert khala._plan is None
+        assert mx.set_cache_limit(1 << 28) == 1 << 28
+        assert list(first) == []
+    finally:
+        mx.set_cache_limit(limit)
+    for song, other in zip((songs[0], songs[1], songs[3]), (*alone[:1] * 2, alone[1]), strict=True):
+        assert np.array_equal(song.codes, other.codes)
+        assert np.array_equal(song.waveform, other.waveform)
+
+
+def test_numbers_of_numpy_are_numbers(tiny: Khala) -> None:
+    bb_ids, sr_ids = tiny.prompt_ids(tags="pop", minutes=np.int64(1))
+    plain = tiny.compose(bb_ids, max_frames=5, min_frames=5, top_k=4, temperature=0.5, seed=3)
+    given = tiny.compose(
+        bb_ids.tolist(),
+        max_frames=np.uint8(5),
+        min_frames=np.int32(5),
+        top_k=np.int64(4),
+        temperature=np.float32(0.5),
+        seed=np.uint32(3),
+    )
+    assert np.array_equal(plain, given)
+    many = tiny.compose_many(bb_ids, seeds=np.array([3]), max_frames=5, min_frames=5, top_k=4,
+                             temperature=0.5)  # fmt: skip
+    again = tiny.compose_many(bb_ids, seeds=iter([3]), max_frames=5, min_frames=5, top_k=4,
+                              temperature=0.5)  # fmt: skip
+    assert np.array_equal(many, again)
+    assert np.array_equal(many[0], plain)
+    codes = tiny.refine(sr_ids, plain, seed=3, top_k=2, layers=4)
+    given = tiny.refine(
+        sr_ids.tolist(), plain.tolist(), seed=np.int64(3), top_k=np.int8(2), layers=np.int64(4),
+        refined=codes[2:3].astype(np.uint64), kept=plain[:, :2].tolist(),
+    )  # fmt: skip
+    assert np.array_equal(codes, given)
+    song = tiny.generate(tags="pop", seconds=np.float32(0.2), min_seconds=0.2, seed=np.int64(1))
+    take = tiny.begin(Request(tags="pop", seconds=1.0), kept=song.codes.astype(np.uint64))
+    assert take.kept.dtype.kind == "i"
+
+
+@pytest.mark.parametrize(
+    "ids", [None, 5, np.int64(5), "abc", [], [[1], [1, 2]], [[1, 2]], [1.0]], ids=repr
+)
+def test_what_is_no_prompt_is_refused(tiny: Khala, ids: Any) -> None:
+    coarse = np.zeros((2, 3), int)
+    for stage in (
+        lambda: tiny.compose(ids, max_frames=3),
+        lambda: tiny.compose_many(ids, seeds=[1], max_frames=3),
+        lambda: tiny.refine(ids, coarse),
+    ):
+        with pytest.raises(KhalaError, match="Token ids have to be|at least one token"):
+            stage()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_frames": "3"},
+        {"max_frames": None},
+        {"max_frames": np.array([3, 4])},
+        {"max_frames": 10**6, "min_frames": "x"},
+        {"temperature": 10**400},
+        {"temperature": True},
+        {"seed": np.bool_(True)},
+    ],
+    ids=str,
+)
+def test_what_is_no_number_is_refused(tiny: Khala, changes: dict[str, Any]) -> None:
+    ids = tiny.prompt_ids(tags="pop")[0]
+    with pytest.raises(KhalaError):
+        tiny.compose(ids, **{"max_frames": 3, **changes})
+
+
+def test_what_is_no_list_or_array_is_refused(tiny: Khala, tmp_path: Path) -> None:
+    ids, ragged = tiny.prompt_ids(tags="pop")[1], [[1], [1, 2]]
+    for wrong in (
+        lambda: tiny.compose_many(ids, seeds=5, max_frames=3),  # type: ignore[arg-type]
+        lambda: tiny.begin_many(Request(), 5),  # type: ignore[arg-type]
+        lambda: tiny.refine(ids, ragged),  # type: ignore[arg-type]
+        lambda: tiny.refine(ids, np.zeros((2, 3), int), refined=5),  # type: ignore[arg-type]
+        lambda: tiny.refine(ids, np.zeros((2, 3), int), kept=5),  # type: ignore[arg-type]
+        lambda: tiny.render(ragged),  # type: ignore[arg-type]
+        lambda: tiny.codec.encode(ragged),  # type: ignore[arg-type]
+        lambda: tiny.codec.encode(np.full((9, 2), 1e300)),
+        lambda: tiny.backbone(ragged),
+        lambda: tiny.begin(Request(), kept=5),  # type: ignore[arg-type]
+        lambda: tiny.load_adapters("my-sound"),
+        lambda: tiny.load_adapters([], scales=0.5),  # type: ignore[arg-type]
+        lambda: Khala.from_pretrained(5),  # type: ignore[arg-type]
+        lambda: Khala.from_pretrained(None),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(KhalaError, match="have to be|has to be|have to hold|named by text"):
+            wrong()
+
+
+def test_takes_of_different_requests_are_not_composed_together(tiny: Khala) -> None:
+    asked = Request(tags="x", seconds=0.2, min_seconds=0.2, seed=1)
+    for other in ({"tags": "y"}, {"temperature": 0.5}, {"seconds": 0.3}):
+        takes = [tiny.begin(each) for each in (asked, dataclasses.replace(asked, **other))]  # type: ignore[arg-type]
+        with pytest.raises(KhalaError, match="of one request but for the seed"):
+            tiny.make_many(takes)
+        with pytest.raises(KhalaError, match="of one request but for the seed"):
+            tiny.compose_takes(takes)
+    # One that is composed already may be of any.
+    tiny.compose_takes(takes[:1])
+    assert len(list(tiny.make_many(iter(takes)))) == 2
+
+
+def test_a_song_is_saved_with_numbers_of_numpy_and_nothing_odd(song: Song, tmp_path: Path) -> None:
+    song.save(tmp_path / "a.wav", fade=np.float32(0.1), loudness=np.float32(-14), title="x")  # type: ignore[arg-type]
+    told = json.loads((tmp_path / "a.json").read_text())["output"]
+    assert told["fade_seconds"] == pytest.approx(0.1)
+    for odd in ({"fade": "1"}, {"fade": None}, {"loudness": "x"}, {"loudness": True}):
+        with pytest.raises(KhalaError, match="has to be a number"):
+            song.save(tmp_path / "b.wav", **odd)  # type: ignore[arg-type]
+    wave, codes = song.waveform, song.codes
+    for own in (
+        Song(wave.tolist(), 44100, codes),  # type: ignore[arg-type]
+        Song(wave, 44100.5, codes),  # type: ignore[arg-type]
+        Song(wave, 0, codes),
+        Song(wave, 44100, codes[0]),
+        Song(wave, 44100, None),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(KhalaError, match="has to be|have to be"):
+            own.save(tmp_path / "b.wav")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "a.wav", "a.json", "a.take.safetensors"
+    }  # fmt: skip
+
+
 def test_sound_can_be_heard_while_it_is_rendered(tiny: Khala, song: Song) -> None:
     pieces = list(tiny.render_stream(song.codes, chunk_frames=16))
     assert len(pieces) == 5
