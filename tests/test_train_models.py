@@ -20,7 +20,7 @@ from khala_mlx.tokenizer import Tokenizer
 from khala_mlx.train.backbone import audio_loss, train_backbone
 from khala_mlx.train.data import CodedSong, read_coded
 from khala_mlx.train.sequences import Alike, examples_of, padded
-from khala_mlx.train.settings import BackboneTraining, Schedule, SuperResTraining
+from khala_mlx.train.settings import BackboneTraining, CodecTraining, Schedule, SuperResTraining
 from khala_mlx.train.superres import (
     SuperResTask,
     refine_loss,
@@ -326,3 +326,26 @@ def test_missing_data_is_one_sentence(tmp_path: Path, data: Path) -> None:
         read_coded(tmp_path, "train")
     with pytest.raises(KhalaError, match="no songs of the split test"):
         read_coded(data, "test")
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "sentence"),
+    [
+        (BackboneTraining, {"backbone": {"vocab_size": 10}}, "says 130304"),
+        (SuperResTraining, {"superres": {"vocab_size": 10}}, "says 193792"),
+        (SuperResTraining, {"layer_focus": 1e6}, "100 at most"),
+        (BackboneTraining, {"schedule": {"seed": -1}}, "seed has to be"),
+        (BackboneTraining, {"schedule": {"final_fraction": -1}}, "0 or above"),
+        (CodecTraining, {"crop_frames": 0}, "crop_frames has to be above 0"),
+        (CodecTraining, {"quantise_after": 0}, "quantise_after has to be above 0"),
+        (CodecTraining, {"layer_choices": [-1]}, "layer_choices have to lie"),
+        (CodecTraining, {"ema_decay": 1.0}, "ema_decay has to lie"),
+    ],
+    ids=str,
+)
+def test_settings_that_would_train_nothing(
+    tmp_path: Path, kind: Any, given: dict[str, Any], sentence: str
+) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps(given))
+    with pytest.raises(KhalaError, match=sentence):
+        kind.from_file(tmp_path / "settings.json")

@@ -525,3 +525,11 @@ def test_a_table_of_songs_is_not_written_over(tiny_folder: Path, tmp_path: Path)
     result = run(tiny_folder, songs, songs)
     assert result.exit_code == 1
     assert "where the codes are to go" in result.stderr
+
+
+def test_options_that_are_no_numbers(tiny_folder: Path, tmp_path: Path) -> None:
+    song(tmp_path / "songs" / "a.wav", 1)
+    for option in ("--valid-share", "--max-minutes"):
+        result = run(tiny_folder, tmp_path / "songs", tmp_path / "out", option, "nan")
+        assert result.exit_code == 1
+        assert "has to lie between" in result.stderr

@@ -176,6 +176,8 @@ def prepare(
             cannot be used is no error: it is in the report.
     """
     check_folder(folder)
+    if not (0 < valid_share < 1 and max_minutes > 0):
+        raise KhalaError("valid_share has to lie between 0 and 1, and max_minutes above 0.")
     report = on_progress or (lambda stage, done, total: None)
     codec = tools.codec.config
     hearing = Hearing(

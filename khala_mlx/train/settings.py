@@ -19,6 +19,9 @@ from khala_mlx.config import (
 from khala_mlx.errors import ConfigError
 from khala_mlx.names import listed
 
+# All but the first layer are drawn as good as never long before.
+_MOST_FOCUS = 100.0
+
 
 @dataclass(frozen=True)
 class Schedule(Strict):
@@ -50,6 +53,8 @@ class Schedule(Strict):
             raise ConfigError("schedule: betas have to be two numbers from 0 to below 1.")
         if self.learning_rate <= 0 or self.clip_norm <= 0:
             raise ConfigError("schedule: learning_rate and clip_norm have to be above 0.")
+        if self.final_fraction < 0 or self.weight_decay < 0:
+            raise ConfigError("schedule: final_fraction and weight_decay have to be 0 or above.")
         if not 0 <= self.seed < 2**64:
             raise ConfigError("schedule: seed has to be a whole number from 0 to 2**64 - 1.")
         if self.warmup < 0 or self.keep_every < 0:
@@ -127,6 +132,9 @@ class BackboneTraining(_FromFile):
     schedule: Schedule = field(default_factory=Schedule)
     start: str = ""
 
+    def __post_init__(self) -> None:
+        _check_vocabulary("backbone", self.backbone.vocab_size, self.tokens.backbone_vocab)
+
 
 @dataclass(frozen=True)
 class SuperResTraining(_FromFile):
@@ -157,8 +165,17 @@ class SuperResTraining(_FromFile):
     codec: str = ""
 
     def __post_init__(self) -> None:
+        _check_vocabulary("superres", self.superres.vocab_size, self.tokens.superres_vocab)
         if min(self.align_weight, self.align_songs, self.layer_focus) < 0:
             raise ConfigError("align_weight, align_songs and layer_focus have to be 0 or above.")
+        if self.layer_focus > _MOST_FOCUS:
+            raise ConfigError(f"layer_focus has to be {_MOST_FOCUS:g} at most.")
+
+
+def _check_vocabulary(part: str, size: int, wanted: int) -> None:
+    """Ids beyond a smaller one would be learnt as garbage, and the run be refused by `pack`."""
+    if size != wanted:
+        raise ConfigError(f"{part}.vocab_size is {size}, the token layout says {wanted}.")
 
 
 @dataclass(frozen=True)
