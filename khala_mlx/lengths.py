@@ -48,7 +48,8 @@ def frame_budget(
     for name, value in (("seconds", seconds), ("min_seconds", least)):
         if value is not None and not 0 <= value < _ENDLESS:
             raise KhalaError(
-                f"{name} has to be a number of seconds below {_ENDLESS:,.0f}, got {shown(value)}."
+                f"{name} has to be a number of seconds from 0 to below {_ENDLESS:,.0f}, "
+                f"got {shown(value)}."
             )
     if seconds is not None and (seconds <= 0 or least > seconds):
         raise KhalaError(f"seconds has to be above 0 and not below min_seconds, got {seconds}.")
