@@ -35,9 +35,9 @@ import mlx.core as mx
 import plain_torch
 from mlx.utils import tree_flatten
 
-from khala_mlx.bench import RandomModel
 from khala_mlx.config import KhalaConfig
-from khala_mlx.halo import DILATIONS
+from khala_mlx.model.receptive_field import DILATIONS
+from khala_mlx.performance.bench import RandomModel
 
 Works = tuple[Callable[[], np.ndarray], Callable[[], np.ndarray]]
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from khala_mlx.bench import RandomModel
-from khala_mlx.cache import make_cache
-from khala_mlx.transformer import EVALUATED_ROWS, Block, attend
+from khala_mlx.model.cache import make_cache
+from khala_mlx.model.transformer import EVALUATED_ROWS, Block, attend
+from khala_mlx.performance.bench import RandomModel
 
 Piece = Callable[..., Any]
 Pieces = list[tuple[Piece, Piece]]

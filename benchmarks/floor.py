@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from khala_mlx.bench import RATIOS, WORSE, compared
+from khala_mlx.performance.bench import RATIOS, WORSE, compared
 
 FIGURES = Path(__file__).with_name("floor.json")
 ATTEMPTS = 3

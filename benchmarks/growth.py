@@ -24,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from khala_mlx.bench import RandomModel
+from khala_mlx.performance.bench import RandomModel
 
 PROMPT = np.arange(32)
 # (model, frames, songs, turns) -> seconds

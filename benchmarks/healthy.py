@@ -5,7 +5,7 @@
 FULL is a model folder that is not packed. Of each packing the goldens are recorded in float32 and
 compared with the same weights in bfloat16, packed where they are; beside it stands how far they are
 from the goldens of FULL, which is what packing itself costs. The bounds of `models verify` have to
-lie above the former (khala_mlx/goldens.py, docs/parity.md).
+lie above the former (khala_mlx/quality/goldens.py, docs/parity.md).
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from khala_mlx import Khala, goldens, weights
+from khala_mlx import Khala
 from khala_mlx.convert import convert
 from khala_mlx.errors import KhalaWarning
+from khala_mlx.model import weights
+from khala_mlx.quality import goldens
 
 PACKINGS = ("8", "6", "4", "mxfp8", "mxfp4")
 FIGURES = ("backbone_equal", "backbone_nats", "superres_equal", "superres_nats")

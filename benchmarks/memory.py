@@ -20,13 +20,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from khala_mlx import Khala, counts, envelope, weights
+from khala_mlx import Khala
 from khala_mlx.config import KhalaConfig, Quantization
 from khala_mlx.convert import convert
-from khala_mlx.envelope import Setting
-from khala_mlx.machine import mac_with
-from khala_mlx.planning import Job, make_plan
-from khala_mlx.sensitivity import mixed
+from khala_mlx.model import weights
+from khala_mlx.performance import cost as counts
+from khala_mlx.performance import memory as envelope
+from khala_mlx.performance.machine import mac_with
+from khala_mlx.performance.memory import Setting
+from khala_mlx.pipeline.plan import Job, make_plan
+from khala_mlx.quality.sensitivity import mixed
 
 PACKINGS = {
     "8": Quantization(8, 64),

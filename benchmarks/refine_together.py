@@ -16,10 +16,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from khala_mlx import tokens
-from khala_mlx.bench import RandomModel
-from khala_mlx.superres import SuperRes
-from khala_mlx.transformer import projector
+from khala_mlx import token_ids as tokens
+from khala_mlx.model.superres import SuperRes
+from khala_mlx.model.transformer import projector
+from khala_mlx.performance.bench import RandomModel
 
 
 def step(superres: SuperRes, rows: mx.array) -> mx.array:

@@ -12,15 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from khala_mlx.adapter import WEIGHTS, Adapter, Pair, module_key, save_adapter
 from khala_mlx.config import LINEARS
 from khala_mlx.convert import peft
-from khala_mlx.convert.safetensors_files import read
-from khala_mlx.convert.tensors import Tensor
-from khala_mlx.convert.torchzip import TorchZip
+from khala_mlx.convert.formats.safetensors import read
+from khala_mlx.convert.formats.tensors import Tensor
+from khala_mlx.convert.formats.torch_file import TorchZip
 from khala_mlx.errors import AdapterError
-from khala_mlx.files import appears_whole
-from khala_mlx.names import listed, shown
+from khala_mlx.storage.adapter import WEIGHTS, Adapter, Pair, module_key, save_adapter
+from khala_mlx.storage.atomic import appears_whole
+from khala_mlx.text import listed, shown
 
 FORMATS = ("peft", "mlx")
 # What the published scripts train with; a list without settings does not say.

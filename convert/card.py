@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from khala_mlx.config import WEIGHTS_LICENCE, KhalaConfig
-from khala_mlx.convert import trained
+from khala_mlx.convert.layouts import training_runs as trained
 from khala_mlx.convert.tokenizer import SHA256
 
 _HUB_IDS = {WEIGHTS_LICENCE: "cc-by-nc-4.0", "Apache-2.0": "apache-2.0"}

@@ -7,9 +7,9 @@ import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from khala_mlx.convert.tensors import Extent
+from khala_mlx.convert.formats.tensors import Extent
 from khala_mlx.errors import ConvertError
-from khala_mlx.names import shown
+from khala_mlx.text import shown
 
 PIECE = 8 << 20
 

@@ -16,17 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from khala_mlx.adapter import Adapter, Pair
 from khala_mlx.config import KhalaConfig, Quantization
 from khala_mlx.convert.card import card
-from khala_mlx.convert.model_folder import CONFIG, stored_tensors
+from khala_mlx.convert.formats.safetensors import Entry, Output
+from khala_mlx.convert.formats.tensors import Tensor, blocks, narrow, to_float32
+from khala_mlx.convert.layouts.model_folder import CONFIG, stored_tensors
 from khala_mlx.convert.outputs import unpacked
 from khala_mlx.convert.run import written
-from khala_mlx.convert.safetensors_files import Entry, Output
-from khala_mlx.convert.tensors import Tensor, blocks, narrow, to_float32
-from khala_mlx.convert.writing import Progress, write_files, write_json
+from khala_mlx.convert.write import Progress, write_files, write_json
 from khala_mlx.errors import AdapterError, ConvertError
-from khala_mlx.names import listed
+from khala_mlx.storage.adapter import Adapter, Pair
+from khala_mlx.text import listed
 
 Share = tuple[Pair, float, float]
 

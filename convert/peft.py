@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from khala_mlx.adapter import Adapter, Pair, module_key, read_config
 from khala_mlx.config import LINEARS
-from khala_mlx.convert.safetensors_files import Entry, Output
-from khala_mlx.convert.safetensors_files import write as write_tensors
-from khala_mlx.convert.tensors import Tensor, require_float, to_float32
+from khala_mlx.convert.formats.safetensors import Entry, Output
+from khala_mlx.convert.formats.safetensors import write as write_tensors
+from khala_mlx.convert.formats.tensors import Tensor, require_float, to_float32
 from khala_mlx.errors import AdapterError
-from khala_mlx.names import listed, shown
+from khala_mlx.storage.adapter import Adapter, Pair, module_key, read_config
+from khala_mlx.text import listed, shown
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 CONFIG = "adapter_config.json"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from khala_mlx.config import Quantization
 from khala_mlx.errors import ConvertError
-from khala_mlx.names import shown
+from khala_mlx.text import shown
 
 # What --quantize says, and the group sizes the affine modes have; the others have groups of 32.
 CHOICES = ("4", "6", "8", "mxfp4", "mxfp8")

@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from khala_mlx.config import DTYPES, KhalaConfig, Quantization
-from khala_mlx.convert import model_folder, trained
 from khala_mlx.convert.card import card
+from khala_mlx.convert.layouts import model_folder
+from khala_mlx.convert.layouts import training_runs as trained
+from khala_mlx.convert.layouts.parts import Opened, token_layout
 from khala_mlx.convert.outputs import Packing, packed_layers
-from khala_mlx.convert.parts import Opened, token_layout
 from khala_mlx.convert.recipe import recipe
 from khala_mlx.convert.source import Located, locate
 from khala_mlx.convert.tokenizer import Tokenizer
 from khala_mlx.convert.tokenizer import find as find_tokenizer
-from khala_mlx.convert.writing import Progress, write_json, write_part
+from khala_mlx.convert.write import Progress, write_json, write_part
 from khala_mlx.errors import ConvertError, KhalaWarning
-from khala_mlx.files import appears_whole
-from khala_mlx.names import listed, shown
+from khala_mlx.storage.atomic import appears_whole
+from khala_mlx.text import listed, shown
 
 FC1_BIASES = ("double", "single")
 CODEC_DTYPES = ("float32", "float16")

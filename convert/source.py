@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from khala_mlx import hub
-from khala_mlx.convert import megatron, model_folder, vinpolar
-from khala_mlx.convert.parts import Opened
+from khala_mlx.convert.layouts import megatron, model_folder
+from khala_mlx.convert.layouts import torch_port as vinpolar
+from khala_mlx.convert.layouts.parts import Opened
 from khala_mlx.errors import ConvertError
-from khala_mlx.names import listed, shown
+from khala_mlx.storage import hub
+from khala_mlx.text import listed, shown
 
 
 @dataclass(frozen=True)

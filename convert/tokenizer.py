@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from khala_mlx import hub
 from khala_mlx.config import TokenLayout
 from khala_mlx.errors import ConvertError, HubError
-from khala_mlx.names import listed, shown
+from khala_mlx.storage import hub
+from khala_mlx.text import listed, shown
 
 FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from khala_mlx import Khala
-from khala_mlx.info import describe
+from khala_mlx.song.info import describe
 
 model = sys.argv[1] if len(sys.argv) > 1 else "demo"
 seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 4

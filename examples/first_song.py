@@ -17,7 +17,7 @@ import soundfile
 from khala_mlx import Khala
 from khala_mlx.convert import convert
 from khala_mlx.errors import KhalaError, KhalaWarning
-from khala_mlx.song import check_free
+from khala_mlx.song.song import check_free
 
 REFERENCE = Path(__file__).parents[1] / "tests" / "fixtures" / "setA.tar.xz"
 OUTPUT = Path("song.wav")

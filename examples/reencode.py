@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from khala_mlx import Khala
-from khala_mlx.audio import fit_scale, read_audio, write_audio
+from khala_mlx.audio.files import fit_scale, read_audio, write_audio
 
 source = Path(sys.argv[1])
 khala = Khala.from_pretrained(sys.argv[2] if len(sys.argv) > 2 else "demo")

@@ -6,8 +6,8 @@ python examples/several_seeds.py [MODEL] [SECONDS]
 import sys
 
 from khala_mlx import Khala
-from khala_mlx.loudness import levels
-from khala_mlx.request import Request
+from khala_mlx.audio.loudness import levels
+from khala_mlx.prompt.request import Request
 
 model = sys.argv[1] if len(sys.argv) > 1 else "demo"
 seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 4

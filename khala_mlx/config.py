@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from khala_mlx.errors import ConfigError, KhalaError
-from khala_mlx.names import listed, shown
+from khala_mlx.text import listed, shown
 
 MODEL_TYPE = "khala"
 FORMAT_VERSION = 1

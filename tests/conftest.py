@@ -15,7 +15,7 @@ import pytest
 
 from khala_mlx.errors import KhalaWarning
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

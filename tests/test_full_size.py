@@ -13,10 +13,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from khala_mlx.backbone import Backbone
-from khala_mlx.codec import Codec
 from khala_mlx.config import KhalaConfig
-from khala_mlx.superres import SuperRes
+from khala_mlx.model.backbone import Backbone
+from khala_mlx.model.codec import Codec
+from khala_mlx.model.superres import SuperRes
 
 FRAMES = 16
 

@@ -12,10 +12,11 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from khala_mlx import audio, tags
+from khala_mlx.audio import files as audio
+from khala_mlx.audio import tags
 from khala_mlx.errors import KhalaError
-from khala_mlx.info import describe
-from khala_mlx.request import Request
+from khala_mlx.song.info import describe
+from khala_mlx.song.record import read_request
 
 FORMATS = (".wav", ".flac", ".ogg", ".mp3")
 FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
@@ -57,7 +58,7 @@ def test_damaged_sounds(
     path.write_bytes(data[: int((1 - cut**4) * len(data))])
     before = sorted(folder.iterdir())
     told: list[bool] = []
-    for look in (describe, tags.read, Request.from_sidecar):
+    for look in (describe, tags.read, read_request):
         try:
             look(path)
         except KhalaError as error:
@@ -87,7 +88,7 @@ def test_sidecars_of_anything(folder: Path, content: Any) -> None:
     (folder / "any.json").write_text(json.dumps(content))
     soundfile.write(folder / "any.wav", np.zeros((2000, 2)), 44100)
     told: list[bool] = []
-    for look, path in ((Request.from_sidecar, "any.json"), (describe, "any.wav")):
+    for look, path in ((read_request, "any.json"), (describe, "any.wav")):
         try:
             look(folder / path)
         except KhalaError as error:
@@ -100,7 +101,7 @@ def test_sidecars_of_anything(folder: Path, content: Any) -> None:
 def test_sidecars_of_bytes(folder: Path, content: bytes) -> None:
     (folder / "raw.json").write_bytes(content)
     with pytest.raises(KhalaError) as told:
-        Request.from_sidecar(folder / "raw.json")
+        read_request(folder / "raw.json")
     assert is_one_line(told.value)
 
 

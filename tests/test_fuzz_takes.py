@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from khala_mlx import Khala
 from khala_mlx.cli import main
-from khala_mlx.request import Request
+from khala_mlx.prompt.request import Request
 
 EXAMPLES = int(os.environ.get("KHALA_FUZZ", "1"))
 # Codes 2: options of a take or sidecar that the command line refuses as it would typed ones.

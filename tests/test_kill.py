@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from khala_mlx.take import Take
+from khala_mlx.song.take import Take
 
 KILLS = int(os.environ.get("KHALA_KILLS", "2"))
 TAKE = "song.take.safetensors"

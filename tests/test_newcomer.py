@@ -19,9 +19,11 @@ import soundfile
 from click.testing import CliRunner
 from fake_checkpoints import Sizes, write_megatron, write_tokenizer
 
-from khala_mlx import Khala, goldens, tags
+from khala_mlx import Khala
+from khala_mlx.audio import tags
 from khala_mlx.cli import main
 from khala_mlx.config import KhalaConfig
+from khala_mlx.quality import goldens
 
 COOKBOOK = (Path(__file__).parents[1] / "docs/cookbook.md").read_text()
 
@@ -124,7 +126,7 @@ def test_7_resume_after_a_kill(workshop: Path) -> None:
     environment = {**os.environ, "KHALA_GENERATE_SEED": seed}
     code = (
         "import os, signal\n"
-        "from khala_mlx.superres import SuperRes\n"
+        "from khala_mlx.model.superres import SuperRes\n"
         "SuperRes.refine = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         "from khala_mlx.cli import main\n"
         "main()\n"
@@ -159,5 +161,5 @@ def test_10_verify(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The model in the box takes half a minute; here its name leads to the tiny one.
     khala = Khala.from_pretrained("tiny")
     goldens.record(khala)
-    monkeypatch.setattr("khala_mlx.pipeline.Khala.from_pretrained", lambda *_, **__: khala)
+    monkeypatch.setattr("khala_mlx.pipeline.khala.Khala.from_pretrained", lambda *_, **__: khala)
     do("Is it computing right here?")

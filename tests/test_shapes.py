@@ -10,9 +10,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from khala_mlx import Khala, codec, ops
-from khala_mlx.cache import file_limit_kept
+from khala_mlx import Khala
 from khala_mlx.errors import KhalaWarning
+from khala_mlx.model import codec, ops
+from khala_mlx.model.cache import file_limit_kept
 
 LEAVES = [nn.Linear, nn.Embedding, nn.RMSNorm, codec.Conv, codec.Snake, codec.Upsample]
 PROMPT = np.array([1, 2, 3, 4, 5])

@@ -26,7 +26,7 @@ from corpus import MOODS, SAMPLE_RATE, STYLES, SYLLABLES, TEMPOS, Song, song, wh
 from mlx.utils import tree_flatten
 
 from khala_mlx.train.codec import load_codec
-from khala_mlx.train.data import read_coded
+from khala_mlx.train.data.dataset import read_coded
 from khala_mlx.train.losses import log_mel
 
 TRAITS = {"style": STYLES, "tempo": TEMPOS, "mood": MOODS}

@@ -12,7 +12,7 @@ from corpus import SYLLABLES, TAGS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from khala_mlx.config import TokenLayout
-from khala_mlx.tokenizer import prompt_specials
+from khala_mlx.prompt.tokenizer import prompt_specials
 
 # Bytes, words and control tokens come first, the 62 markers of superres last.
 LAYOUT = TokenLayout(

@@ -11,13 +11,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from khala_mlx.backbone import Backbone
 from khala_mlx.config import TokenLayout
+from khala_mlx.model.backbone import Backbone
+from khala_mlx.model.transformer import Transformer, projector
+from khala_mlx.model.weights import fill_part
+from khala_mlx.train.data.sequences import Example, check_prompt, padded, read_examples
 from khala_mlx.train.loop import Run, save_part
-from khala_mlx.train.sequences import Example, check_prompt, padded, read_examples
 from khala_mlx.train.settings import BackboneTraining
-from khala_mlx.transformer import Transformer, projector
-from khala_mlx.weights import fill_part
 
 
 def audio_loss(model: Transformer, layout: TokenLayout, rows: mx.array) -> mx.array:

@@ -13,7 +13,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from khala_mlx.errors import WeightsError
-from khala_mlx.files import appears_whole
+from khala_mlx.storage.atomic import appears_whole
 
 FILE = "checkpoint.safetensors"
 

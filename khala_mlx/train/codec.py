@@ -16,15 +16,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from khala_mlx.codec import Codec
 from khala_mlx.config import CodecConfig
 from khala_mlx.errors import WeightsError
-from khala_mlx.train import losses, rvq
-from khala_mlx.train.data import SPLITS, Sounds
+from khala_mlx.model.codec import Codec
+from khala_mlx.model.weights import fill_part
+from khala_mlx.train import codebooks as rvq
+from khala_mlx.train import losses
+from khala_mlx.train.codec_init import start_from_components, start_linear
+from khala_mlx.train.data.dataset import SPLITS, Sounds
 from khala_mlx.train.loop import Run, save_part
 from khala_mlx.train.settings import CodecTraining
-from khala_mlx.train.start import start_from_components, start_linear
-from khala_mlx.weights import fill_part
 
 _BANDS = 64
 _MEL_WINDOW = 2048

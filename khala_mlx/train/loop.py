@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from khala_mlx.config import Strict, TokenLayout
 from khala_mlx.errors import KhalaError
-from khala_mlx.files import appears_whole
+from khala_mlx.storage.atomic import appears_whole
 from khala_mlx.train import checkpoint
 from khala_mlx.train.plot import plot_losses
 from khala_mlx.train.settings import Schedule

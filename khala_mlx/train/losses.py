@@ -7,7 +7,7 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
-from khala_mlx.mel import mel_bank
+from khala_mlx.audio.mel import mel_bank
 
 # Window lengths of the multi-resolution spectra, in samples; hops are a quarter of them.
 RESOLUTIONS = (256, 512, 1024, 2048)

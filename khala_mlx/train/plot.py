@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from khala_mlx.files import appears_whole
+from khala_mlx.storage.atomic import appears_whole
 
 
 def plot_losses(log: Path, picture: Path) -> bool:

@@ -17,7 +17,7 @@ from khala_mlx.config import (
     read_object,
 )
 from khala_mlx.errors import ConfigError
-from khala_mlx.names import listed
+from khala_mlx.text import listed
 
 # All but the first layer are drawn as good as never long before.
 _MOST_FOCUS = 100.0

@@ -17,16 +17,16 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from khala_mlx import tokens
+from khala_mlx import token_ids as tokens
 from khala_mlx.errors import KhalaError
-from khala_mlx.files import appears_whole
-from khala_mlx.superres import SuperRes
+from khala_mlx.model.superres import SuperRes
+from khala_mlx.model.weights import fill_part, part_files, read_tensors
+from khala_mlx.storage.atomic import appears_whole
 from khala_mlx.train.backbone import audio_loss
 from khala_mlx.train.codec import load_codec
+from khala_mlx.train.data.sequences import Alike, Example, check_prompt, padded, read_examples
 from khala_mlx.train.loop import Run, save_part
-from khala_mlx.train.sequences import Alike, Example, check_prompt, padded, read_examples
 from khala_mlx.train.settings import SuperResTraining
-from khala_mlx.weights import fill_part, part_files, read_tensors
 
 
 def refine_loss(model: SuperRes, prompts: mx.array, codes: mx.array, layers: list[int]) -> mx.array:

@@ -1,0 +1,1 @@
+"""File formats of foreign checkpoints, read without executing anything in them."""

@@ -1,0 +1,1 @@
+"""How each published checkpoint names and shapes its tensors."""

@@ -1,0 +1,1 @@
+"""Sound: files, tags, loudness, mastering, pictures, playback."""

@@ -1,0 +1,5 @@
+"""The `khala` command."""
+
+from khala_mlx.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""The three models in MLX, and what they are built of."""

@@ -1,0 +1,298 @@
+"""The backbone: a causal language model that writes the coarse layers of the whole song.
+
+Works on token ids; knows the token layout, nothing of prompts' text, superres or sound.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from khala_mlx import token_ids as tokens
+from khala_mlx.config import BackboneConfig, TokenLayout
+from khala_mlx.errors import KhalaError, KhalaWarning, NoSongError
+from khala_mlx.model.cache import check_kv_bits, keep_rows, make_cache, spread
+from khala_mlx.model.sampling import check_sampling, sample, uniform_draws, usable
+from khala_mlx.model.transformer import Transformer, like_input, projector
+
+Progress = Callable[[int, int], None]
+
+# Tokens between two looks at what was written: each look waits for the device.
+_READ_EVERY = 16
+# mlx-lm's interval for returning freed buffers while decoding; a multiple of the above.
+_CLEAR_EVERY = 256
+# Positions whose logits are held at once when a whole song is judged.
+_PROJECTED = 1024
+
+
+class Backbone(Transformer):
+    """Causal transformer over text and the coarse codes, q0 and q1 interleaved."""
+
+    def __init__(self, config: BackboneConfig, layout: TokenLayout) -> None:
+        super().__init__(config)
+        self.layout = layout
+
+    def __call__(self, ids: Any) -> Any:
+        """Token ids [B, S] -> logits [B, S, V] over the whole vocabulary.
+
+        -1 is padding. NumPy in, float32 NumPy out; mx.array in, mx.array out.
+        """
+        return like_input(self.lm_head(self.hidden(self.checked_ids(ids, 2, "[B, S]"))), ids)
+
+    def hidden(self, ids: mx.array, cache: list[Any] | None = None) -> mx.array:
+        """Checked ids [B, S] -> hidden states [B, S, H] after the last norm."""
+        return self.body(self.embed(ids).astype(self.dtype), causal=True, cache=cache)
+
+    def room(self, prompt_length: int) -> int:
+        """Whole frames that fit the trained window behind a prompt."""
+        return max(0, self.config.context - prompt_length) // self.layout.num_coarse
+
+    def generate(self, ids: np.ndarray, *, key: mx.array, **sampling: Any) -> np.ndarray:
+        """`generate_many` for one key: token ids [n]."""
+        return self.generate_many(ids, keys=[key], **sampling)[0]
+
+    def generate_many(
+        self,
+        ids: np.ndarray,
+        *,
+        keys: Sequence[mx.array],
+        max_tokens: int,
+        min_tokens: int = 0,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        reachable_only: bool = True,
+        kv_bits: int | None = None,
+        on_progress: Progress | None = None,
+    ) -> list[np.ndarray]:
+        """Sample up to `max_tokens` audio tokens behind the prompt `ids` [P], once for each key.
+
+        All rows share one pass over the prompt and every weight read after it; what a key gives
+        does not depend on the others. The end of the song stops a row and is not returned; it
+        cannot be drawn before `min_tokens`. `reachable_only` projects and samples only what can
+        follow: the window of the layer whose turn it is, and the end of the song. Without it the
+        whole vocabulary is sampled, as upstream does, and any id can come back. `kv_bits` 8 or 4
+        packs the key-value cache to about a half or a quarter of 16 bits, and changes the song.
+
+        Returns:
+            Token ids [n] for each key, n <= max_tokens.
+        """
+        top_k, temperature = check_sampling(top_k, temperature)
+        check_kv_bits(kv_bits, self.config.head_dim)
+        prompt = self.checked_ids(np.asarray(ids)[None], 2, "[1, P]")
+        choices = self.choices(reachable_only)
+        draws = mx.stack([uniform_draws(key, self.config.context) for key in keys], axis=1)
+        rows = _Rows(len(keys), self.layout.end_of_song)
+
+        def pick(hidden: mx.array, index: int) -> mx.array:
+            project, candidates = choices[index % len(choices)]
+            logits = project(hidden[:, -1])
+            fine = usable(logits)
+            if index < min_tokens:
+                logits = mx.where(candidates == self.layout.end_of_song, -mx.inf, logits)
+            chosen = sample(logits, draws[index, rows.alive], top_k=top_k, temperature=temperature)
+            return mx.where(fine, candidates[chosen], -1)
+
+        hidden, cache = self._read_prompt(prompt, len(keys), max_tokens, kv_bits)
+        token = pick(hidden, 0)
+        for index in range(max_tokens):
+            mx.async_eval(token)
+            rows.add(token)
+            last = index + 1 == max_tokens
+            if not last:
+                # Issued before any token is read, so that the device never waits for Python.
+                token = pick(self.hidden(token[:, None], cache), index + 1)
+                mx.async_eval(token)
+            if not last and (index + 1) % _READ_EVERY:
+                continue
+            going_on = rows.read()
+            if on_progress is not None:
+                on_progress(index + 1, max_tokens)
+            if going_on is None:
+                break
+            if len(going_on) < token.shape[0]:
+                token = token[going_on]
+                keep_rows(cache, going_on)
+            if (index + 1) % _CLEAR_EVERY == 0:
+                mx.clear_cache()
+        return rows.written()
+
+    def _read_prompt(
+        self, prompt: mx.array, rows: int, max_tokens: int, kv_bits: int | None
+    ) -> tuple[mx.array, list[Any]]:
+        """Hidden state [rows, 1, H] behind the prompt [1, P], and caches that have read it."""
+        layers, length = len(self.layers), prompt.shape[1]
+        read = make_cache(layers, length)
+        embedded = self.embed(prompt).astype(self.dtype)
+        hidden = self.body(embedded, causal=True, cache=read, start=length - 1)
+        mx.eval(hidden)
+        cache = make_cache(
+            layers, length + max_tokens, kv_bits=kv_bits, head_dim=self.config.head_dim
+        )
+        spread(read, cache, rows)
+        return mx.repeat(hidden, rows, axis=0), cache
+
+    def compose(self, ids: np.ndarray, *, key: mx.array, **sampling: Any) -> np.ndarray:
+        """`compose_many` for one key: coarse codes [num_coarse, T]."""
+        return self.compose_many(ids, keys=[key], **sampling)[0]
+
+    def compose_many(
+        self,
+        ids: np.ndarray,
+        *,
+        keys: Sequence[mx.array],
+        max_frames: int,
+        min_frames: int = 0,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        reachable_only: bool = True,
+        kv_bits: int | None = None,
+        on_progress: Progress | None = None,
+    ) -> list[np.ndarray]:
+        """Coarse codes [num_coarse, T] of a song for each key, of at most `max_frames` frames.
+
+        See `generate_many`. Where only some songs fail, theirs are [num_coarse, 0] and a
+        KhalaWarning tells why.
+
+        Raises:
+            KhalaError: before any work, if frames or prompt do not fit the trained window; after
+                it, if every song failed: the model ended it before the first frame, or (only with
+                `reachable_only=False`) wrote a token outside its window.
+        """
+        self._check_frames(len(ids), max_frames, min_frames)
+        layers = self.layout.num_coarse
+
+        def report(done: int, total: int) -> None:
+            if on_progress is not None:
+                on_progress(done // layers, total // layers)
+
+        written = self.generate_many(
+            ids,
+            keys=keys,
+            max_tokens=max_frames * layers,
+            min_tokens=min_frames * layers,
+            temperature=temperature,
+            top_k=top_k,
+            reachable_only=reachable_only,
+            kv_bits=kv_bits,
+            on_progress=report,
+        )
+        songs, failures = [], {}
+        for number, song in enumerate(written, start=1):
+            try:
+                songs.append(self._frames_of(song))
+            except KhalaError as error:
+                failures[number] = error
+                songs.append(np.empty((layers, 0), dtype=np.int64))
+        if len(failures) == len(songs):
+            first = next(iter(failures.values()))
+            raise NoSongError(str(first)) from first
+        for number, why in failures.items():
+            warnings.warn(f"Song {number}: {why}", KhalaWarning, stacklevel=2)
+        return songs
+
+    def surprise(self, ids: np.ndarray, coarse: np.ndarray) -> np.ndarray:
+        """Nats [num_coarse * T] of the tokens of coarse codes [num_coarse, T] behind a prompt [P].
+
+        Each among those that can follow, at temperature 1 and without top_k: what the model would
+        have expected, not what it was made to choose from. One pass over the whole song.
+        """
+        written = tokens.interleave(self.layout, coarse)
+        rows = np.concatenate([np.asarray(ids), written])[None, :-1]
+        hidden = self.hidden(self.checked_ids(rows, 2, "[1, P]"))[0, len(ids) - 1 :]
+        turns, nats = self.layout.num_coarse, np.empty(len(written), dtype=np.float32)
+        for turn, (project, _) in enumerate(self.choices(True)):
+            # The end of the song comes first among the candidates.
+            labels = mx.array(coarse[turn].astype(np.int32) + 1)[:, None]
+            for first in range(0, coarse.shape[1], _PROJECTED):
+                part = hidden[turn::turns][first : first + _PROJECTED]
+                logits = project(part).astype(mx.float32)
+                chosen = mx.take_along_axis(logits, labels[first : first + _PROJECTED], axis=-1)
+                lost = mx.logsumexp(logits, axis=-1) - chosen[:, 0]
+                nats[turn::turns][first : first + len(part)] = np.array(lost)
+        return nats
+
+    def _frames_of(self, written: np.ndarray) -> np.ndarray:
+        if len(written) < self.layout.num_coarse:
+            raise KhalaError(
+                "The model ended the song before its first frame: try another seed, or ask for a "
+                "least length."
+            )
+        return tokens.deinterleave(self.layout, written)
+
+    def _check_frames(self, prompt_length: int, max_frames: int, min_frames: int) -> None:
+        check_whole(max_frames=max_frames, min_frames=min_frames)
+        if max_frames < 1 or not 0 <= min_frames <= max_frames:
+            raise KhalaError(
+                f"A song needs at least one frame and 0 <= min_frames <= max_frames, got "
+                f"max_frames={max_frames}, min_frames={min_frames}."
+            )
+        room = self.room(prompt_length)
+        if max_frames > room:
+            raise KhalaError(
+                f"The trained window of {self.config.context} tokens has room for {room} frames "
+                f"behind this prompt of {prompt_length} tokens, {max_frames} were asked for."
+            )
+
+    def choices(
+        self, reachable_only: bool
+    ) -> list[tuple[Callable[[mx.array], mx.array], mx.array]]:
+        """For each turn: the projection onto its candidates, and their ids [C]."""
+        if not reachable_only:
+            everything = mx.arange(self.config.vocab_size)
+            return [(projector(self.lm_head, slice(None)), everything)]
+        choices = []
+        for layer in range(self.layout.num_coarse):
+            window = range(*tokens.window(self.layout, layer))
+            # Rising ids, so that equal logits resolve as they do over the whole vocabulary.
+            candidates = mx.array([self.layout.end_of_song, *window])
+            choices.append((projector(self.lm_head, candidates), candidates))
+        return choices
+
+
+def check_whole(**values: Any) -> None:
+    """Refuse values that are no whole numbers, by their names."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise KhalaError(f"{name} has to be a whole number, got {value!r}.")
+
+
+class _Rows:
+    """The songs of a batch: what each has written, and which go on."""
+
+    def __init__(self, count: int, end_of_song: int) -> None:
+        self._songs: list[list[int]] = [[] for _ in range(count)]
+        self._end = end_of_song
+        self._going_on = list(range(count))
+        self._unread: list[mx.array] = []
+        self.alive = mx.arange(count)
+
+    def add(self, token: mx.array) -> None:
+        """A token [B] for each row that goes on; not read yet."""
+        self._unread.append(token)
+
+    def read(self) -> mx.array | None:
+        """Read what was added; which rows of the batch go on, or None if all songs have ended."""
+        block = np.stack([np.array(token) for token in self._unread], axis=1)
+        self._unread.clear()
+        if block.min() < 0:
+            raise KhalaError(
+                "The backbone made no usable numbers: the device is out of memory, the weights "
+                "need another dtype than this, or an adapter is too strong."
+            )
+        kept = []
+        for row, (song, written) in enumerate(zip(self._going_on, block.tolist(), strict=True)):
+            end = written.index(self._end) if self._end in written else len(written)
+            self._songs[song] += written[:end]
+            if end == len(written):
+                kept.append(row)
+        self._going_on = [self._going_on[row] for row in kept]
+        self.alive = mx.array(self._going_on)
+        return mx.array(kept) if kept else None
+
+    def written(self) -> list[np.ndarray]:
+        """Token ids [n] of each song."""
+        return [np.array(song, dtype=np.int64) for song in self._songs]

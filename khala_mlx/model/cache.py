@@ -1,0 +1,108 @@
+"""Key-value caches of the backbone, and the one seam to mlx_lm.models.
+
+Keys and values are [B, G, S, D]; packed ones are mlx-lm's triples of codes, scales and biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from khala_mlx.errors import KhalaError
+from khala_mlx.text import shown
+
+# What mx.quantize packs a cache to; fewer bits than 4 are not heard of for keys.
+KV_BITS = (4, 8)
+# On the GPU products with packed values are only whole for heads of a multiple of this: the last
+# columns of others are not written once 1024 tokens are cached (ml-explore/mlx#4250).
+_WHOLE_COLUMNS = 64
+
+
+def check_kv_bits(kv_bits: int | None, head_dim: int) -> None:
+    """Refuse a packing of the cache that mlx-lm has no form for."""
+    if kv_bits is None:
+        return
+    if kv_bits not in KV_BITS:
+        raise KhalaError(
+            f"kv_bits has to be {' or '.join(map(str, KV_BITS))}, got {shown(kv_bits)}."
+        )
+    if head_dim % 32:
+        raise KhalaError(
+            f"A packed cache needs heads of 32 dimensions or a multiple, this model's have "
+            f"{head_dim}: leave kv_bits out."
+        )
+
+
+def make_cache(
+    num_layers: int, capacity: int, *, kv_bits: int | None = None, head_dim: int = 64
+) -> list[Any]:
+    """mlx-lm key-value caches that allocate room for `capacity` tokens once.
+
+    With `kv_bits` keys and values are packed, in groups of 64 or, for narrower heads, 32.
+    """
+    with file_limit_kept():
+        from mlx_lm.models.cache import KVCache, QuantizedKVCache
+    if kv_bits is None:
+        caches = [KVCache() for _ in range(num_layers)]
+    else:
+        group = 64 if head_dim % 64 == 0 else 32
+        caches = [QuantizedKVCache(group_size=group, bits=kv_bits) for _ in range(num_layers)]
+    for cache in caches:
+        # The classes grow by `step` and copy each time; one step of the full size never grows.
+        cache.step = capacity
+    return caches
+
+
+def spread(prompt: list[Any], caches: list[Any], rows: int) -> None:
+    """Copy the caches of one prompt, batch 1, into empty `caches` of `rows` rows.
+
+    Layer by layer: what was copied from is freed on the way.
+    """
+    for index, cache in enumerate(caches):
+        keys, values = prompt[index].keys_and_values()
+        cache.update_and_fetch(*(mx.repeat(x, rows, axis=0) for x in (keys, values)))
+        prompt[index] = None
+        mx.eval(cache.keys, cache.values)
+
+
+def keep_rows(caches: list[Any], rows: mx.array) -> None:
+    """Drop all rows of the batch but these, array by array: one is there twice at a time."""
+    for cache in caches:
+        for name in ("keys", "values"):
+            kept = tree_map(lambda x: x[rows], getattr(cache, name))
+            setattr(cache, name, kept)
+            mx.eval(kept)
+
+
+def attend_packed(q: mx.array, k: Any, v: Any, cache: Any, *, scale: float) -> mx.array:
+    """Attention of one query [B, N, 1, D] a row over the packed keys and values of `cache`."""
+    if q.shape[3] % _WHOLE_COLUMNS and mx.default_device() != mx.cpu:
+        known = [
+            mx.dequantize(w, scales, biases, group_size=cache.group_size, bits=cache.bits)
+            for w, scales, biases in (k, v)
+        ]
+        return mx.fast.scaled_dot_product_attention(q, *known, scale=scale)
+    from mlx_lm.models.base import quantized_scaled_dot_product_attention
+
+    attended: mx.array = quantized_scaled_dot_product_attention(
+        q, k, v, scale=scale, mask=None, group_size=cache.group_size, bits=cache.bits
+    )
+    return attended
+
+
+@contextmanager
+def file_limit_kept() -> Iterator[None]:
+    """Importing mlx_lm lowers RLIMIT_NOFILE, hard limit included, for the whole process."""
+    import resource
+
+    setrlimit = resource.setrlimit
+    # A lowered hard limit cannot be raised again, so the call itself has to be kept from acting.
+    resource.setrlimit = lambda *_: None
+    try:
+        yield
+    finally:
+        resource.setrlimit = setrlimit

@@ -1,0 +1,191 @@
+"""Adapters at work: linear layers of the backbone with LoRA or DoRA on them, put on and taken off.
+
+mlx-lm's LoRALinear does the work. Any number of adapters become one pair of matrices a layer: their
+ranks lie side by side, their scales are multiplied in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence, Sized
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from khala_mlx.config import KhalaConfig
+from khala_mlx.errors import AdapterError
+from khala_mlx.model.cache import file_limit_kept
+from khala_mlx.model.transformer import Transformer
+from khala_mlx.storage.adapter import Adapter, Extent, Pair
+
+Layers = list[tuple[str, nn.Module]]
+
+
+class Adapters:
+    """The adapters chosen for a model's backbone, and where they are on it."""
+
+    def __init__(self) -> None:
+        self.chosen: list[tuple[Adapter, float]] = []
+        self._model: Transformer | None = None
+        self._replaced: Layers = []
+
+    def choose(
+        self,
+        config: KhalaConfig,
+        adapters: Sequence[str | Path | Adapter],
+        scales: Sequence[float] | None,
+    ) -> None:
+        """Take these instead of what was chosen before; if one does not fit, nothing changes.
+
+        Raises:
+            AdapterError: if an adapter cannot be read or does not fit, or a scale is no number.
+        """
+        if isinstance(adapters, (str, Path, Adapter)):
+            raise AdapterError("Adapters have to be a list, be it of one.")
+        loaded = [a if isinstance(a, Adapter) else Adapter.load(Path(a)) for a in adapters]
+        chosen = list(zip(loaded, _strengths(scales, len(loaded)), strict=True))
+        for adapter, strength in chosen:
+            adapter.check(config, strength)
+        model = self._model
+        self.leave()
+        self.chosen = chosen
+        if model is not None:
+            self.enter(model)
+
+    def enter(self, model: Transformer) -> None:
+        """Put the chosen adapters on `model`, if they are not on it already."""
+        if self._model is not model:
+            self._model, self._replaced = model, put_on(model, self.chosen)
+
+    def leave(self) -> None:
+        """Take them off the model they are on, and forget it."""
+        if self._model is not None:
+            take_off(self._model, self._replaced)
+        self._model, self._replaced = None, []
+
+    @property
+    def extent(self) -> Extent:
+        """What they add to the backbone together; those of strength 0 are left off it."""
+        each = [adapter.extent for adapter, strength in self.chosen if strength]
+        return Extent(
+            sum(extent.parameters for extent in each),
+            max((extent.widest for extent in each), default=0),
+            any(extent.dora for extent in each),
+        )
+
+    def told(self) -> list[dict[str, Any]]:
+        """What a song's sidecar says of them."""
+        return [
+            {"name": adapter.name, "sha256": adapter.sha256, "scale": strength}
+            for adapter, strength in self.chosen
+        ]
+
+
+def _strengths(scales: Sequence[float] | None, count: int) -> list[float]:
+    if scales is None:
+        return [1.0] * count
+    if not isinstance(scales, Sized):
+        raise AdapterError("Scales have to be a list, one for each adapter.")
+    if len(scales) != count:
+        raise AdapterError(f"There are {count} adapters, but {len(scales)} scales.")
+    for scale in scales:
+        number = isinstance(scale, (int, float, np.number)) and not isinstance(scale, bool)
+        if not number or not math.isfinite(scale):
+            raise AdapterError(f"An adapter's scale has to be a number, got {scale!r}.")
+    return [float(scale) for scale in scales]
+
+
+class Stretched(nn.Module):
+    """A linear layer whose outputs, its bias aside, DoRA makes longer or shorter.
+
+    `gain` [out] is what is added, so that 0 changes nothing to the last bit.
+    """
+
+    def __init__(self, linear: nn.Module, gain: mx.array) -> None:
+        super().__init__()
+        self.linear, self.gain = linear, gain
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.linear(x)
+        plain = y - self.linear.bias if "bias" in self.linear else y
+        return y + (self.gain * plain).astype(y.dtype)
+
+
+def put_on(model: Transformer, adapters: Sequence[tuple[Adapter, float]]) -> Layers:
+    """Put adapters, each with its strength, on a model that has none.
+
+    They have to fit (see Adapter.check). Those of strength 0 touch nothing.
+
+    Returns:
+        The layers that were replaced, for `take_off`.
+    """
+    shares: dict[str, list[tuple[Pair, float, float]]] = defaultdict(list)
+    for adapter, strength in adapters:
+        if strength:
+            for path, pair in adapter.pairs.items():
+                shares[path].append((pair, adapter.scale, strength))
+    layers = dict(model.named_modules())
+    replaced = [(path, layers[path]) for path in shares]
+    adapted = []
+    for path, layer in replaced:
+        adapted.append((path, _adapted(layer, shares[path])))
+        # Made now: a mistake must not surface, nor memory be taken, within a song. And each by
+        # itself: DoRA needs its layer's matrix in float32 for a while, unpacked.
+        mx.eval(adapted[-1][1].parameters())
+    _replace(model, adapted)
+    return replaced
+
+
+def take_off(model: Transformer, replaced: Layers) -> None:
+    """Put the layers back that `put_on` replaced; the model is then what it was, bit by bit."""
+    _replace(model, replaced)
+
+
+def matrix(linear: nn.Module) -> mx.array:
+    """The weights [out, in] of a linear layer, unpacked if they are packed."""
+    if not isinstance(linear, nn.QuantizedLinear):
+        return linear.weight
+    return mx.dequantize(
+        linear.weight,
+        linear.scales,
+        linear.get("biases"),
+        group_size=linear.group_size,
+        bits=linear.bits,
+        mode=linear.mode,
+    )
+
+
+def _replace(model: Transformer, layers: Layers) -> None:
+    if layers:
+        model.update_modules(tree_unflatten(layers))
+        model.eval()
+
+
+def _adapted(linear: nn.Module, shares: Sequence[tuple[Pair, float, float]]) -> nn.Module:
+    """A linear layer with the pairs of (pair, scale, strength) on it."""
+    with file_limit_kept():
+        from mlx_lm.tuner.lora import LoRALinear
+    gains = [_gain(linear, pair, scale) for pair, scale, _ in shares]
+    downs = [pair.a for pair, _, _ in shares]
+    ups = []
+    for (pair, scale, strength), gain in zip(shares, gains, strict=True):
+        up = mx.array(pair.b) * (scale * strength)
+        ups.append(up if gain is None else up * (1 + gain))
+    layer = LoRALinear(1, 1, r=1, scale=1.0)
+    layer.lora_a, layer.lora_b = mx.array(np.concatenate(downs, axis=1)), mx.concatenate(ups)
+    stretch = [s * gain for (_, _, s), gain in zip(shares, gains, strict=True) if gain is not None]
+    layer.linear = Stretched(linear, sum(stretch[1:], stretch[0])) if stretch else linear
+    return layer
+
+
+def _gain(linear: nn.Module, pair: Pair, scale: float) -> Any:
+    """How much longer, by share, DoRA makes each row [out]; None for LoRA."""
+    if pair.m is None:
+        return None
+    changed = matrix(linear).astype(mx.float32) + (mx.array(pair.a) @ mx.array(pair.b * scale)).T
+    return mx.array(pair.m) / mx.linalg.norm(changed, axis=1) - 1

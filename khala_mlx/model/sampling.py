@@ -1,0 +1,111 @@
+"""Upstream's two sampling rules, under explicit keys."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from khala_mlx.errors import KhalaError
+from khala_mlx.text import shown
+
+# The float32 two steps below 1: its product with any total is below that total.
+_LARGEST_DRAW = 1 - 2.0**-23
+# What a float holds; all is equally likely long before.
+_HOTTEST = sys.float_info.max
+
+
+def check_sampling(top_k: int, temperature: float = 1.0) -> tuple[int, float]:
+    """Refuse values no rule below is defined for; the others, NumPy's too, as Python's numbers."""
+    if not _is_whole(top_k) or top_k < 1:
+        raise KhalaError(f"top_k has to be a whole number from 1 (greedy) up, got {shown(top_k)}.")
+    number = _is_whole(temperature) or isinstance(temperature, (float, np.floating))
+    # NumPy compares in its own, smaller type.
+    plain = temperature.item() if isinstance(temperature, np.generic) else temperature
+    if not number or not 0 < plain <= _HOTTEST:
+        raise KhalaError(
+            f"temperature has to be above 0, got {shown(temperature)}; top_k=1 is greedy decoding."
+        )
+    return int(top_k), float(plain)
+
+
+def stage_key(seed: int, stage: int) -> mx.array:
+    """The key of one stage, so that a later stage can run again without the earlier ones."""
+    if not _is_whole(seed) or not 0 <= seed < 2**64:
+        raise KhalaError(f"seed has to be a whole number from 0 to 2**64 - 1, got {shown(seed)}.")
+    return mx.random.split(mx.random.key(int(seed)), 2)[stage]
+
+
+def top_k_logits(logits: mx.array, top_k: int, temperature: float) -> mx.array:
+    """Logits [..., V] / temperature in float32, with -inf below the k-th largest.
+
+    Ties with the k-th largest are all kept, as upstream keeps them.
+    """
+    logits = logits.astype(mx.float32) / temperature
+    size = logits.shape[-1]
+    if top_k >= size:
+        return logits
+    kth = mx.partition(logits, size - top_k, axis=-1)[..., size - top_k, None]
+    return mx.where(logits < kth, -mx.inf, logits)
+
+
+def usable(logits: mx.array) -> mx.array:
+    """Whether rows of logits [..., V] can be drawn from -> bool [...].
+
+    A GPU that is out of memory returns zeros without a word (ml-explore/mlx#3979), weights that
+    overflow give NaN; neither has a largest and a smallest that differ.
+    """
+    return logits.max(axis=-1) > logits.min(axis=-1)
+
+
+def uniform_draws(key: mx.array, count: int) -> mx.array:
+    """Draws [count], uniform in [0, 1), each under a key of its own."""
+    draw = mx.vmap(lambda one: mx.random.uniform(shape=(), key=one))
+    return draw(mx.random.split(key, count))
+
+
+def sample(logits: mx.array, draws: mx.array, *, top_k: int, temperature: float) -> mx.array:
+    """The backbone's rule: logits [..., V], uniform draws [...] -> indices [...].
+
+    top_k 1 is argmax. Otherwise the cumulative distribution is inverted, so that a row depends on
+    its own draw alone, whatever else is in the batch.
+    """
+    if top_k == 1:
+        return mx.argmax(logits, axis=-1)
+    weights = mx.softmax(top_k_logits(logits, top_k, temperature), axis=-1, precise=True)
+    # Zero where nothing can be drawn: a parallel sum may not rise evenly over equal values.
+    below = mx.where(weights > 0, mx.cumsum(weights, axis=-1), 0.0)
+    # The largest draw times the total may round up to the total, behind which there is nothing.
+    threshold = mx.minimum(draws, _LARGEST_DRAW)[..., None] * below.max(axis=-1, keepdims=True)
+    return mx.argmax(below > threshold, axis=-1)
+
+
+def sample_by_race(logits: mx.array, draws: mx.array, top_k: int) -> mx.array:
+    """The superres rule: argmax(softmax(top k of logits) / draws), no temperature.
+
+    Args:
+        logits: [T, V].
+        draws: [T, top_k] from Exponential(1), one for each candidate in falling order of logit.
+
+    Returns:
+        indices [T].
+    """
+    best = mx.argpartition(-logits, top_k - 1, axis=-1)[..., :top_k]
+    values = mx.take_along_axis(logits, best, axis=-1)
+    order = mx.argsort(-values, axis=-1)
+    probabilities = mx.softmax(mx.take_along_axis(values, order, axis=-1), axis=-1, precise=True)
+    winner = mx.argmax(probabilities / draws, axis=-1, keepdims=True)
+    chosen = mx.take_along_axis(order, winner, axis=-1)
+    return mx.take_along_axis(best, chosen, axis=-1).squeeze(-1)
+
+
+def exponential(key: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """Draws from Exponential(1), never 0."""
+    # uniform is in [0, 1), so 1 - u is in (0, 1]; the floor guards the division above.
+    return mx.maximum(-mx.log(1.0 - mx.random.uniform(shape=shape, key=key)), 1e-20)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

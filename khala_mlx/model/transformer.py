@@ -1,0 +1,261 @@
+"""The decoder-only transformer under both language models.
+
+Pre-norm blocks of grouped-query attention and SwiGLU; every linear layer has a bias, the output
+head has none (paper section 3; upstream's Megatron arguments). Parameter names follow mlx-lm, so
+that its LoRA layers find them. Knows nothing of prompts, codes or sampling.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from khala_mlx import token_ids as tokens
+from khala_mlx.config import TransformerConfig
+from khala_mlx.errors import KhalaError
+from khala_mlx.model.attention import in_chunks
+from khala_mlx.model.cache import attend_packed
+
+# Sizes of a head whose attention is one kernel on the GPU, however many queries there are.
+FUSED_HEADS = (64, 80, 128)
+# Elsewhere MLX writes all scores out: chunks of queries keep them under this many bytes.
+SCORE_BYTES = 64 * 2**20
+# The same while gradients are taken: some four times as much is held then, for several chunks.
+TRAINING_SCORE_BYTES = 16 * 2**20
+
+# Set to anything, this keeps to plain products: a fused kernel that is wrong on some GPU
+# (ml-explore/mlx#4022) can then be told from a fault elsewhere.
+MANUAL_ATTENTION = "KHALA_MANUAL_ATTENTION"
+# Rows of a pass from which on each layer is evaluated before the next.
+EVALUATED_ROWS = 256
+
+
+def writes_scores(head_dim: int, *, on_cpu: bool) -> bool:
+    """Whether MLX's attention over heads of this size writes its scores out, O(S^2) bytes."""
+    return on_cpu or head_dim not in FUSED_HEADS
+
+
+def attend(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    causal: bool,
+    training: bool = False,
+) -> mx.array:
+    """Attention of queries [B, N, Q, D] over keys and values [B, G, S, D], G dividing N.
+
+    With `causal` the last query sees the last key. Memory is O(S): where the kernel writes the
+    scores out, the queries go in chunks.
+    """
+    mask = "causal" if causal and q.shape[2] > 1 else None
+    row = 4 * q.shape[0] * q.shape[1] * k.shape[2]
+    rows = max(1, SCORE_BYTES // row)
+    by_hand = bool(os.environ.get(MANUAL_ATTENTION))
+    kernel = attend_by_hand if by_hand else mx.fast.scaled_dot_product_attention
+    written = by_hand or writes_scores(q.shape[3], on_cpu=mx.default_device() == mx.cpu)
+    if not written or q.shape[2] <= rows:
+        return kernel(q, k, v, scale=scale, mask=mask)
+    if training:
+        whole = partial(kernel, scale=scale, mask=mask)
+        rows = max(1, TRAINING_SCORE_BYTES // row)
+        return in_chunks(whole, rows, causal=causal)(q, k, v)
+    chunks = []
+    for start in range(0, q.shape[2], rows):
+        part = q[:, :, start : start + rows]
+        seen = k.shape[2] - q.shape[2] + start + part.shape[2] if causal else k.shape[2]
+        chunk = kernel(part, k[:, :, :seen], v[:, :, :seen], scale=scale, mask=mask)
+        # Left to one evaluation, the scores of all chunks would be allocated together.
+        mx.eval(chunk)
+        chunks.append(chunk)
+    return mx.concatenate(chunks, axis=2)
+
+
+def attend_by_hand(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: str | None
+) -> mx.array:
+    """What the fused kernel computes, from plain products: scores [B, N, Q, S] are written out."""
+    batch, groups = k.shape[:2]
+    grouped = (q * scale).reshape(batch, groups, -1, *q.shape[2:])
+    scores = grouped @ k[:, :, None].swapaxes(-1, -2)
+    if mask == "causal":
+        queries, keys = scores.shape[-2:]
+        seen = mx.arange(keys) <= mx.arange(keys - queries, keys)[:, None]
+        scores = mx.where(seen, scores, mx.array(-mx.inf, scores.dtype))
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    return (weights @ v[:, :, None]).reshape(q.shape)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with half-split rotary positions over the whole head."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        # `base=` drifts by 3e-4 at position 4000; explicit wavelengths do not.
+        exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+        self._freqs = mx.array((config.rope_base**exponents).astype(np.float32))
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries)
+        self.k_proj = nn.Linear(config.hidden_size, keys)
+        self.v_proj = nn.Linear(config.hidden_size, keys)
+        self.o_proj = nn.Linear(queries, config.hidden_size)
+
+    def __call__(self, x: mx.array, cache: Any, causal: bool, start: int) -> mx.array:
+        """x [B, S, H] -> [B, S - start, H]: queries of rows `start` on, keys of all rows."""
+        offset = cache.offset if cache is not None else 0
+        q = self._rotate(self._heads(self.q_proj(x[:, start:]), self.num_heads), offset + start)
+        k = self._rotate(self._heads(self.k_proj(x), self.num_kv_heads), offset)
+        v = self._heads(self.v_proj(x), self.num_kv_heads)
+        if cache is None:
+            out = attend(q, k, v, scale=self.scale, causal=causal, training=self.training)
+        else:
+            known = cache.update_and_fetch(k, v)
+            if isinstance(known[0], tuple):
+                out = attend_packed(q, known[0], known[1], cache, scale=self.scale)
+            else:
+                out = attend(q, *known, scale=self.scale, causal=causal)
+        return self.o_proj(out.swapaxes(1, 2).flatten(2))
+
+    def _heads(self, x: mx.array, heads: int) -> mx.array:
+        return x.reshape(*x.shape[:2], heads, self.head_dim).swapaxes(1, 2)
+
+    def _rotate(self, x: mx.array, offset: int) -> mx.array:
+        return mx.fast.rope(
+            x,
+            self.head_dim,
+            traditional=False,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=self._freqs,
+        )
+
+
+class MLP(nn.Module):
+    """SwiGLU. The double fc1 bias of the released runs is folded into the biases at conversion."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One pre-norm layer."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def __call__(self, x: mx.array, cache: Any, causal: bool, start: int = 0) -> mx.array:
+        """x [B, S, H] -> residual stream of rows `start` on, [B, S - start, H]."""
+        attended = self.self_attn(self.input_layernorm(x), cache, causal, start)
+        x = x[:, start:] + attended
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, final norm and an untied head."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Block(config) for _ in range(config.num_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of activations: that of the norms, which are never quantised."""
+        return self.norm.weight.dtype
+
+    def body(
+        self, x: mx.array, *, causal: bool, cache: list[Any] | None = None, start: int = 0
+    ) -> mx.array:
+        """Embeddings [B, S, H] -> hidden states after the last norm, [B, S - start, H].
+
+        `start` skips the last layer's queries and feed-forward for rows that nobody projects.
+        """
+        caches = cache if cache is not None else [None] * len(self.layers)
+        for layer, layer_cache in zip(self.layers[:-1], caches[:-1], strict=True):
+            x = layer(x, layer_cache, causal)
+            if not self.training and x.shape[0] * x.shape[1] >= EVALUATED_ROWS:
+                # MLX allocates ahead of the work: left to one evaluation, the arrays of several
+                # layers would be there together.
+                mx.eval(x)
+        return self.norm(self.layers[-1](x, caches[-1], causal, start))
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """ids [...] -> embeddings [..., H] in float32; -1 is padding and embeds to zero.
+
+        A row of the SR input is the sum of its columns (docs/released-model.md), so float32 keeps
+        63 additions exact enough when the weights are 16-bit.
+        """
+        known = (ids >= 0)[..., None]
+        rows = self.embed_tokens(mx.maximum(ids, 0)).astype(mx.float32)
+        return mx.where(known, rows, 0.0)
+
+    def checked_ids(self, ids: Any, ndim: int, axes: str) -> mx.array:
+        """`ids` as int32; a gather outside the table would return garbage silently."""
+        array = tokens.plain_array(ids, "Token ids have")
+        if array.ndim != ndim or array.dtype.kind not in "iu" or array.size == 0:
+            raise KhalaError(
+                f"Token ids have to be integers of shape {axes}, got {array.dtype} of shape "
+                f"{list(array.shape)}."
+            )
+        if array.min() < -1 or array.max() >= self.config.vocab_size:
+            raise KhalaError(
+                f"Token ids have to lie in -1..{self.config.vocab_size - 1}, got "
+                f"{array.min()}..{array.max()}."
+            )
+        return mx.array(array.astype(np.int32))
+
+
+def projector(head: nn.Module, rows: mx.array | slice) -> Callable[[mx.array], mx.array]:
+    """A function from hidden states [..., H] to float32 logits of some rows of `head`.
+
+    Reads only those rows of the weights, also of a quantised head; a head of another kind (an
+    adapter) is applied whole.
+    """
+    if type(head) is nn.Linear:
+        weight = head.weight[rows]
+        return lambda x: (x @ weight.T).astype(mx.float32)
+    if type(head) is nn.QuantizedLinear:
+        weight, scales = head.weight[rows], head.scales[rows]
+        biases = head.biases[rows] if head.get("biases") is not None else None
+        return lambda x: mx.quantized_matmul(
+            x,
+            weight,
+            scales=scales,
+            biases=biases,
+            transpose=True,
+            group_size=head.group_size,
+            bits=head.bits,
+            mode=head.mode,
+        ).astype(mx.float32)
+    return lambda x: head(x)[..., rows].astype(mx.float32)
+
+
+def like_input(result: mx.array, given: Any) -> Any:
+    """NumPy (or lists) in, float32 NumPy out; mx.array in, mx.array out."""
+    if isinstance(given, mx.array):
+        return result
+    return np.array(result.astype(mx.float32))

@@ -1,0 +1,1 @@
+"""What the work costs: machine, memory, FLOPs, benchmarks."""

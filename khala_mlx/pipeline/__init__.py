@@ -1,0 +1,1 @@
+"""Khala: the stages in order."""

@@ -1,0 +1,1 @@
+"""From tags and lyrics to token ids."""

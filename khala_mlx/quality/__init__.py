@@ -1,0 +1,1 @@
+"""How right a model computes, and how good its songs are."""

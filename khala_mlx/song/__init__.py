@@ -1,0 +1,1 @@
+"""Songs and takes, and what is recorded of them."""

@@ -1,0 +1,1 @@
+"""Songs of a folder as training data."""

@@ -1,0 +1,1 @@
+"""LoRA adapters for the backbone: training, evaluation, forecasts."""
