@@ -4,7 +4,7 @@
 
 Same weights, float32, as many threads, in one process and in turns; medians, of the clock's seconds
 and of the processor's, which other work on the machine stretches less. torch is needed here alone,
-and is loaded first, so that on Linux MLX uses the fast BLAS that comes with it. First both have to
+and is loaded first, so that on Linux MLX uses the fast BLAS that comes with it. First both must
 make the same tokens, codes and samples.
 """
 
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 if sys.platform == "linux":
-    # Symbols loaded globally first win, so this has to precede the first import of mlx.
+    # Symbols loaded globally first win, so this must precede the first import of mlx.
     ctypes.CDLL(
         str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL
     )
@@ -37,7 +37,8 @@ from mlx.utils import tree_flatten
 
 from khala_mlx.config import KhalaConfig
 from khala_mlx.model.receptive_field import DILATIONS
-from khala_mlx.performance.bench import RandomModel
+from khala_mlx.model.sampling import Detail
+from khala_mlx.performance.bench import RandomParts
 
 Works = tuple[Callable[[], np.ndarray], Callable[[], np.ndarray]]
 
@@ -47,7 +48,7 @@ def weights(part: Any) -> dict[str, torch.Tensor]:
     return plain_torch.tensors({name: np.array(a) for name, a in tree_flatten(part.parameters())})
 
 
-def compose_works(model: RandomModel, options: argparse.Namespace) -> Works:
+def compose_works(model: RandomParts, options: argparse.Namespace) -> Works:
     """Ours, as a user gets it, and torch's: `tokens` tokens behind `cached`."""
     ours, layout = model.backbone, model.config.tokens
     theirs = plain_torch.Transformer(weights(ours), model.config.backbone)
@@ -66,12 +67,12 @@ def compose_works(model: RandomModel, options: argparse.Namespace) -> Works:
     def plainly() -> np.ndarray:
         return plain_torch.compose(theirs, prompt, count, layout.end_of_song)
 
-    # Over the whole vocabulary both have to write the same.
+    # Over the whole vocabulary both must write the same.
     check("compose", run(False), plainly())
     return run, plainly
 
 
-def refine_works(model: RandomModel, options: argparse.Namespace) -> Works:
+def refine_works(model: RandomParts, options: argparse.Namespace) -> Works:
     """`steps` steps over `rows` rows."""
     ours, layout = model.superres, model.config.tokens
     theirs = plain_torch.Transformer(weights(ours), model.config.superres)
@@ -82,7 +83,7 @@ def refine_works(model: RandomModel, options: argparse.Namespace) -> Works:
     layers = layout.num_coarse + options.steps
 
     def run() -> np.ndarray:
-        return ours.refine(prompt, coarse, top_k=1, layers=layers, key=mx.random.key(0))
+        return ours.refine(prompt, coarse, Detail(top_k=1), codebooks=layers, key=mx.random.key(0))
 
     def plainly() -> np.ndarray:
         return plain_torch.refine(theirs, prompt, coarse, layers, layout)
@@ -91,7 +92,7 @@ def refine_works(model: RandomModel, options: argparse.Namespace) -> Works:
     return run, plainly
 
 
-def render_works(model: RandomModel, options: argparse.Namespace) -> Works:
+def render_works(model: RandomParts, options: argparse.Namespace) -> Works:
     """`frames` frames of sound."""
     ours, config = model.codec, model.config.codec
     theirs = plain_torch.Decoder(weights(ours), config, DILATIONS)
@@ -137,9 +138,9 @@ def in_turns(works: Works, turns: int) -> dict[str, float]:
     return told
 
 
-def random_model(options: argparse.Namespace) -> RandomModel:
+def random_model(options: argparse.Namespace) -> RandomParts:
     """The released shapes, with fewer layers."""
-    model = RandomModel(options.layers, options.width)
+    model = RandomParts(options.layers, options.width)
     if options.released_vocabulary:
         released, config = KhalaConfig(), model.config
         model.config = replace(

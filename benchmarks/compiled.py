@@ -3,7 +3,7 @@
     python benchmarks/compiled.py --layers 2 --width 2048
 
 All of a layer but its attention is compiled, in two pieces: the cache grows and attention's shapes
-change with each token, and a function is traced anew for every shape. Same weights and inputs, in
+change with each token, and a function is traced again for every shape. Same weights and inputs, in
 turns, medians; where the processor computes, of its own seconds. Prints how often a piece was
 traced, and by how much the results differ.
 """
@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from khala_mlx.model.cache import make_cache
 from khala_mlx.model.transformer import EVALUATED_ROWS, Block, attend
-from khala_mlx.performance.bench import RandomModel
+from khala_mlx.performance.bench import RandomParts
 
 Piece = Callable[..., Any]
 Pieces = list[tuple[Piece, Piece]]
@@ -66,7 +66,7 @@ def after(block: Block) -> Piece:
     return piece
 
 
-def compose_work(model: RandomModel, pieces: Pieces, cached: int, tokens: int) -> mx.array:
+def compose_work(model: RandomParts, pieces: Pieces, cached: int, tokens: int) -> mx.array:
     """The last hidden state of `tokens` tokens behind `cached` ones; none is waited for."""
     config = model.config.backbone
     caches = make_cache(config.num_layers, cached + tokens)
@@ -84,7 +84,7 @@ def compose_work(model: RandomModel, pieces: Pieces, cached: int, tokens: int) -
     return x
 
 
-def refine_work(model: RandomModel, pieces: Pieces, rows: int, steps: int) -> mx.array:
+def refine_work(model: RandomParts, pieces: Pieces, rows: int, steps: int) -> mx.array:
     """Hidden states of `rows` rows, `steps` times, layer by layer as SuperRes does."""
     start = mx.random.normal((1, rows, model.config.superres.hidden_size), key=mx.random.key(0))
     for _ in range(steps):
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--turns", type=int, default=7)
     options = parser.parse_args()
-    model = RandomModel(options.layers, options.width)
+    model = RandomParts(options.layers, options.width)
     print(f"{model.source}, {mx.default_device()}, medians of {options.turns} turns")
     compared(
         "compose",

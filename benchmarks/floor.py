@@ -1,4 +1,4 @@
-"""Whether any stage has moved away from its floor, compared with the figures committed here.
+"""Compare the stages with their kernel baselines, and the ratios with the committed figures.
 
     python benchmarks/floor.py              compare with floor.json; exit code 1 if a ratio is worse
     python benchmarks/floor.py --write 11   measure so often, write the medians
@@ -37,7 +37,7 @@ def bench(arguments: list[str]) -> dict[str, Any]:
 
 
 def ratios(report: dict[str, Any]) -> dict[str, float]:
-    """The ratio to the floor of each stage, by name."""
+    """The ratio to the kernel baseline of each stage, by name."""
     return {name: change["new"] for name, change in compared(report, report).items()}
 
 
@@ -92,7 +92,7 @@ def main() -> None:
     if options.write:
         write(options.figures, options.write)
     elif failing := worse(options.figures, options.attempts):
-        sys.exit(f"More than {WORSE:.0%} further from the floor: {', '.join(failing)}.")
+        sys.exit(f"More than {WORSE:.0%} further from the kernel baseline: {', '.join(failing)}.")
 
 
 if __name__ == "__main__":

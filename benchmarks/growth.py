@@ -24,11 +24,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from khala_mlx.performance.bench import RandomModel
+from khala_mlx.performance.bench import RandomParts
 
 PROMPT = np.arange(32)
 # (model, frames, songs, turns) -> seconds
-Stage = Callable[[RandomModel, int, int, int], float]
+Stage = Callable[[RandomParts, int, int, int], float]
 
 
 def timed(work: Callable[[], Any], turns: int) -> float:
@@ -44,7 +44,7 @@ def timed(work: Callable[[], Any], turns: int) -> float:
     return statistics.median(taken)
 
 
-def compose(model: RandomModel, frames: int, songs: int, turns: int) -> float:
+def compose(model: RandomParts, frames: int, songs: int, turns: int) -> float:
     """Seconds to compose so many songs together."""
     backbone = model.backbone
     keys = [mx.random.key(seed) for seed in range(songs)]
@@ -55,7 +55,7 @@ def compose(model: RandomModel, frames: int, songs: int, turns: int) -> float:
     )
 
 
-def refine(model: RandomModel, frames: int, songs: int, turns: int) -> float:
+def refine(model: RandomParts, frames: int, songs: int, turns: int) -> float:
     """Seconds to refine so many songs in turn, all layers."""
     superres, layout = model.superres, model.config.tokens
     coarse = np.zeros((layout.num_coarse, frames), dtype=np.int64)
@@ -64,7 +64,7 @@ def refine(model: RandomModel, frames: int, songs: int, turns: int) -> float:
     )
 
 
-def render(model: RandomModel, frames: int, songs: int, turns: int) -> float:
+def render(model: RandomParts, frames: int, songs: int, turns: int) -> float:
     """Seconds to render so many songs in turn."""
     codec = model.codec
     codes = np.zeros((model.config.codec.num_codebooks, frames), dtype=np.int64)
@@ -102,7 +102,7 @@ def shown(law: dict[str, Any], name: str) -> str:
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each stage by length and by candidates, and the laws."""
-    model = RandomModel(options.layers, options.width)
+    model = RandomParts(options.layers, options.width)
     rate, longest = model.config.codec.frame_rate, max(options.seconds)
     # The trained windows end before the longest song does; how time grows is another question.
     rows = len(PROMPT) + round(longest * rate) * model.config.tokens.num_coarse
@@ -122,7 +122,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     }
     for stage, part in ((compose, "backbone"), (refine, "superres"), (render, "codec")):
         name = stage.__name__
-        # The first call imports, packs and allocates.
+        # The first call imports, quantizes and allocates.
         stage(model, 2, 1, 1)
 
         def run(seconds: float, songs: int, stage: Stage = stage) -> float:

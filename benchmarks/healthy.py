@@ -1,11 +1,11 @@
-"""How far packing and 16 bits move the figures of `khala models verify`, on healthy models.
+"""How far quantization and 16 bits move the figures of `khala models verify`, on healthy models.
 
     python benchmarks/healthy.py FULL
 
-FULL is a model folder that is not packed. Of each packing the goldens are recorded in float32 and
-compared with the same weights in bfloat16, packed where they are; beside it stands how far they are
-from the goldens of FULL, which is what packing itself costs. The bounds of `models verify` have to
-lie above the former (khala_mlx/quality/goldens.py, docs/parity.md).
+FULL is a model folder that is not quantized. For each quantization, goldens are recorded in
+float32 and compared with the same weights in bfloat16, quantized where they are. Beside that stands
+the distance from the goldens of FULL, the cost of quantization itself. The bounds of `models
+verify` must be above the former (khala_mlx/quality/goldens.py, docs/parity.md).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ UNPACKED = weights.CPU_UNPACKED_BYTES
 
 
 def opened(folder: Path, dtype: str, *, packed: bool) -> Khala:
-    """A model that is packed when it computes, or not."""
-    # The CPU backend unpacks small models, a GPU does not.
+    """A model that is quantized when it computes, or not."""
+    # The CPU backend dequantizes small models, a GPU does not.
     weights.CPU_UNPACKED_BYTES = 0 if packed else UNPACKED
     return Khala.from_pretrained(folder, dtype=dtype)
 
@@ -50,7 +50,7 @@ def compared(folder: Path, dtype: str, reference: Path) -> dict[str, Any]:
 def main() -> None:
     """Convert, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", type=Path, help="a model folder that is not packed")
+    parser.add_argument("model", type=Path, help="a model folder that is not quantized")
     parser.add_argument("--packings", nargs="+", default=PACKINGS)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -1,11 +1,12 @@
-"""Memory of every packing: files and measured peaks of a model, and the forecast beside them.
+"""Memory of every quantization: files and measured peaks of a model, and the forecast beside them.
 
     python benchmarks/memory.py khala-model-float32 --out memory
 
-The model is a folder that is not packed. Each packing of it is converted, loaded and run, a stage
-at a time, for a few steps: the peak does not depend on how many. Two tables are printed, the
-measured one and the one computed for the released model, and memory.json is written. On the CPU
-backend packed parts of this size would be unpacked when loaded; here they are not, as on the GPU.
+The model is a folder that is not quantized. Each quantization of it is converted, loaded and run,
+a stage at a time, for a few steps: the peak does not depend on how many. Two tables are printed,
+the measured one and the one computed for the released model, and memory.json is written. On the
+CPU backend quantized parts of this size would be dequantized when loaded; here they are not, as on
+the GPU.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ PROMPT = np.arange(8)
 
 
 def packed(full: Path, name: str, folder: Path, dtype: str) -> Path:
-    """The model, packed."""
+    """The model, quantized."""
     made, how = folder / name, {"dtype": dtype, "tokenizer": str(full)}
     if name == "mixed":
         layers = mixed(Khala.from_pretrained(full, keep_loaded=False), 4, dtype=dtype)
@@ -61,7 +62,7 @@ def peak_of(khala: Khala, part: str, work: Callable[[], Any]) -> int:
     mx.reset_peak_memory()
     work()
     peak = mx.get_peak_memory() - before
-    khala.release(part)
+    khala.parts.release(part)
     return peak
 
 
@@ -69,7 +70,7 @@ def measured(folder: Path, frames: int) -> dict[str, Any]:
     """Of one model folder: bytes of files, and by stage the peak and its forecast."""
     khala, told = Khala.from_pretrained(folder, keep_loaded=False), {}
     config, layout = khala.config, khala.config.tokens
-    setting = Setting(khala.dtype, on_cpu=mx.default_device() == mx.cpu)
+    setting = Setting(khala.parts.dtype, on_cpu=mx.default_device() == mx.cpu)
     codes = np.zeros((layout.num_codebooks, frames), dtype=np.int64)
     coarse, most = layout.num_coarse, frames * layout.num_coarse
     prompt = np.resize(PROMPT, most)
@@ -80,7 +81,7 @@ def measured(folder: Path, frames: int) -> dict[str, Any]:
     }
     work = {
         "compose": lambda: khala.compose(prompt, max_frames=8 // coarse, min_frames=8 // coarse),
-        "refine": lambda: khala.refine(PROMPT, codes[:coarse], layers=coarse + 2),
+        "refine": lambda: khala.refine(PROMPT, codes[:coarse], codebooks=coarse + 2),
         "render": lambda: khala.render(codes, chunk_frames=frames),
     }
     for stage, part in PARTS.items():
@@ -109,7 +110,7 @@ def released() -> dict[str, Any]:
 
 
 def table(told: dict[str, Any], columns: tuple[str, ...], unit: float) -> str:
-    """One row a packing; in each stage's column these figures, in units of so many bytes."""
+    """One row a quantization; in each stage's column these figures, in units of so many bytes."""
     lines = [f"| | {' | '.join(PARTS)} |", "|---" * (len(PARTS) + 1) + "|"]
     for name, stages in told.items():
         cells = [" / ".join(f"{stages[s][c] / unit:.2f}" for c in columns) for s in PARTS]
@@ -120,13 +121,13 @@ def table(told: dict[str, Any], columns: tuple[str, ...], unit: float) -> str:
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", type=Path, help="a model folder that is not packed")
+    parser.add_argument("model", type=Path, help="a model folder that is not quantized")
     parser.add_argument("--packings", nargs="+", default=["plain", *PACKINGS, "mixed"])
     parser.add_argument("--frames", type=int, default=128)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, default=Path("memory"))
     options = parser.parse_args()
-    # A packed part is to stay packed; both modules read it.
+    # A quantized part is to stay quantized; both modules read it.
     weights.CPU_UNPACKED_BYTES = envelope.CPU_UNPACKED_BYTES = 0
     told = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ import mlx.core as mx
 from khala_mlx import token_ids as tokens
 from khala_mlx.model.superres import SuperRes
 from khala_mlx.model.transformer import projector
-from khala_mlx.performance.bench import RandomModel
+from khala_mlx.performance.bench import RandomParts
 
 
 def step(superres: SuperRes, rows: mx.array) -> mx.array:
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    superres = RandomModel(options.layers, options.width).superres
+    superres = RandomParts(options.layers, options.width).superres
     found = [compare(superres, rows, options.songs, options.turns) for rows in options.rows]
     if options.json:
         print(json.dumps(found))

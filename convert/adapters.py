@@ -44,7 +44,7 @@ def read_adapter(path: str | Path) -> Adapter:
             if (path / name).is_file():
                 return peft.parse(path.resolve().name, _tensors(path / name)[0], path)
         raise AdapterError(
-            f"{shown(str(path))} is no adapter: it holds neither {WEIGHTS} nor {peft.FILES[0]}."
+            f"{shown(str(path))} is not an adapter: it holds neither {WEIGHTS} nor {peft.FILES[0]}."
         )
     if not path.is_file():
         raise AdapterError(f"There is no adapter {shown(str(path))}.")
@@ -63,7 +63,7 @@ def export_adapter(adapter: Adapter, destination: str | Path, layout: str) -> No
         KhalaError: if the folder exists or cannot be written, or the layout cannot hold it.
     """
     if layout not in FORMATS:
-        raise AdapterError(f"format has to be one of {', '.join(FORMATS)}, got {shown(layout)}.")
+        raise AdapterError(f"format must be one of {', '.join(FORMATS)}, got {shown(layout)}.")
     with appears_whole(Path(destination).expanduser(), folder=True) as folder:
         if layout == "peft":
             peft.write(adapter, folder)
@@ -93,8 +93,8 @@ def _list(name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) ->
     if odd or len(numbers) % len(modules):
         told = listed(odd) or f"{len(numbers)} pairs"
         raise AdapterError(
-            f"The adapter {shown(name)} is no whole list of {len(modules)} pairs for each layer: "
-            f"{told} do not fit in."
+            f"The adapter {shown(name)} is not complete. Each layer needs {len(modules)} pairs, "
+            f"but it has {told}."
         )
     run = about.get("config")
     run = run if isinstance(run, dict) else {}
@@ -115,5 +115,7 @@ def _targets(given: Any) -> tuple[str, ...]:
     if not isinstance(given, (list, tuple)) or not given:
         return LINEARS
     if odd := [each for each in given if each not in LINEARS]:
-        raise AdapterError(f"The adapter is for layers that the backbone lacks: {listed(odd)}.")
+        raise AdapterError(
+            f"The adapter is for layers that the backbone does not have: {listed(odd)}."
+        )
     return tuple(sorted(given, key=lambda name: module_key(name).startswith("mlp")))

@@ -1,8 +1,8 @@
 """A model folder with adapters worked into its backbone; all else is copied as it is.
 
 W becomes W + scale * (A B)^T, and with DoRA its rows get the lengths m, row block by row block.
-Packed layers that an adapter changes are written plain: the grid they are packed on is coarser than
-what adapters add, so packing them again would round most of it away.
+Quantized layers that an adapter changes are written dequantized: their grid is coarser than what
+adapters add, so quantizing them again would round most of it away.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _outputs(
     tensors: dict[str, Tensor], shares: dict[str, list[Share]], config: KhalaConfig
 ) -> list[Output]:
     if missing := sorted(f"{path}.weight" for path in shares if f"{path}.weight" not in tensors):
-        raise ConvertError(f"The model's backbone lacks {listed(missing)}.")
+        raise ConvertError(f"The model's backbone does not have {listed(missing)}.")
     outputs = []
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
@@ -88,7 +88,7 @@ def _outputs(
             plain = tensor if how is None else _plain(path, tensors, how)
             dtype = tensor.dtype if how is None else config.dtype
             outputs.append(_changed(plain, shares[path], dtype))
-        # What is left, scales and biases of the packing, goes with it.
+        # What is left, scales and biases of the quantization, goes with it.
     return outputs
 
 
@@ -101,7 +101,7 @@ def _as_it_is(tensor: Tensor) -> Output:
 
 
 def _plain(path: str, tensors: dict[str, Tensor], how: Quantization) -> Tensor:
-    """The float32 matrix that a packed layer stands for."""
+    """The float32 matrix that a quantized layer stands for."""
     weight, scales = tensors[f"{path}.weight"], tensors[f"{path}.scales"]
     biases = tensors.get(f"{path}.biases")
 

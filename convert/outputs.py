@@ -23,7 +23,7 @@ LARGEST_FILE = 5_000_000_000
 
 @dataclass(frozen=True)
 class Packing:
-    """What tensors are stored as: the transformers' in `dtype` or packed, the codec's apart."""
+    """What tensors are stored as: the transformers' in `dtype` or quantized, the codec's apart."""
 
     dtype: str
     fc1_scale: float = 1.0

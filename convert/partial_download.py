@@ -29,7 +29,7 @@ _PIECE, _GAP = 16 << 20, 64 << 10
 
 
 class _Holey:
-    """A file being filled; what is there is recorded beside it, so that it can be gone on with."""
+    """A file being filled; what is there is recorded beside it, so that it can be continued."""
 
     def __init__(self, path: Path, size: int, read: Read) -> None:
         self.path, self.size, self._read = path, size, read
@@ -107,7 +107,7 @@ def fetch_codec(
     """Make `path`, a codec checkpoint of `size` bytes, with what the codec needs of it.
 
     Args:
-        read: gives the bytes from start to stop; may raise, whereupon a later call goes on.
+        read: gives the bytes from start to stop; may raise, whereupon a later call continues.
         on_bytes: called with the count of bytes each time some have come.
 
     Returns:
@@ -121,11 +121,11 @@ def fetch_codec(
     try:
         whole = _fill(holey, on_bytes)
     except ConvertError as error:
-        # The next try begins anew.
+        # The next try begins again.
         partial.unlink()
         holey.close()
         raise ConvertError(
-            f"{shown(path.name)} was damaged on its way, or is no codec of Khala's; try again "
+            f"{shown(path.name)} was damaged on its way, or is not a codec of Khala's; try again "
             f"({str(error).rstrip('.')})."
         ) from error
     if whole:
@@ -159,7 +159,7 @@ def _directory(holey: _Holey, on_bytes: Callable[[int], None]) -> list[zipfile.Z
         window = _Window(holey, on_bytes)
         return zipfile.ZipFile(cast(IO[bytes], window)).infolist()
     except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, ValueError) as error:
-        raise ConvertError(f"{shown(holey.path.stem)} is no torch file.") from error
+        raise ConvertError(f"{shown(holey.path.stem)} is not a torch file.") from error
 
 
 def _ends(infos: list[zipfile.ZipInfo], size: int) -> dict[int, int]:

@@ -91,7 +91,7 @@ def pair(a: Tensor, b: Tensor) -> Pair:
     """A pair from torch's matrices A [r, in] and B [out, r]."""
     for tensor in (a, b):
         if len(tensor.shape) != 2:
-            raise AdapterError(f"{shown(tensor.name)} is no matrix.")
+            raise AdapterError(f"{shown(tensor.name)} is not a matrix.")
     return Pair(np.ascontiguousarray(values(a).T), np.ascontiguousarray(values(b).T))
 
 
@@ -135,7 +135,7 @@ def _scale(about: Mapping[str, Any], path: str, rank: int) -> float:
     for key, value in pattern.items() if isinstance(pattern, dict) and path else ():
         # PEFT takes expressions too; names are all that its users and `write` need.
         if not re.fullmatch(r"[\w.]+", str(key)) or not is_positive(value):
-            raise AdapterError(f"alpha_pattern holds {shown(key)}, which is no name of a layer.")
+            raise AdapterError(f"alpha_pattern holds {shown(key)}, which is not a name of a layer.")
         if path == key or path.endswith(f".{key}"):
             alpha = value
     return float(alpha / (math.sqrt(rank) if about.get("use_rslora") else rank))

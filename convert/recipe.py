@@ -1,4 +1,4 @@
-"""Which matrix is packed to how many bits: one choice for all, and others for some parts."""
+"""Which matrix is quantized to how many bits: one choice for all, and others for some parts."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How matrices are packed; None leaves them as they are. The codec is never packed.
+    """How matrices are quantized; None leaves them as they are. The codec is never quantized.
 
-    With `layers`, by their names in config.json, those are packed and nothing else.
+    With `layers`, by their names in config.json, those are quantized and nothing else.
     """
 
     default: Quantization | None = None
@@ -31,7 +31,7 @@ class Recipe:
     layers: Mapping[str, Quantization] = field(default_factory=dict)
 
     def how(self, part: str, name: str, shape: tuple[int, ...]) -> Quantization | None:
-        """How the tensor `name` of `part` is packed: a matrix whose rows divide into groups."""
+        """How the tensor `name` of `part` is quantized: a matrix whose rows divide into groups."""
         chosen = self._chosen(part, name)
         if chosen is None or len(shape) != 2 or shape[1] % chosen.group_size:
             return None
@@ -66,21 +66,23 @@ def recipe(
     """A recipe from what a user says.
 
     Raises:
-        ConvertError: for a packing, a part or a group size there is none of, or for `layers`
+        ConvertError: for a quantization, a part or a group size there is none of, or for `layers`
             beside anything else.
     """
     if layers:
         if quantize is not None or parts:
-            raise ConvertError("Either every layer is packed by its name or by a rule, not both.")
+            raise ConvertError(
+                "Either every layer is quantized by its name or by a rule, not both."
+            )
         return Recipe(layers=dict(layers))
     if group_size not in GROUP_SIZES:
         raise ConvertError(
-            f"group_size has to be one of {', '.join(map(str, GROUP_SIZES))}, got "
+            f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got "
             f"{shown(group_size)}."
         )
     if unknown := sorted(set(parts or {}) - set(PARTS)):
         raise ConvertError(
-            f"What is packed apart has to be one of {', '.join(PARTS)}, got {shown(unknown[0])}."
+            f"What is quantized apart must be one of {', '.join(PARTS)}, got {shown(unknown[0])}."
         )
     return Recipe(
         None if quantize is None else _chosen(quantize, group_size),
@@ -92,5 +94,5 @@ def _chosen(value: str | int, group_size: int) -> Quantization | None:
     if value == NONE:
         return None
     if str(value) not in CHOICES:
-        raise ConvertError(f"quantize has to be one of {', '.join(CHOICES)}, got {shown(value)}.")
+        raise ConvertError(f"quantize must be one of {', '.join(CHOICES)}, got {shown(value)}.")
     return _MODES.get(str(value)) or Quantization(int(value), group_size)

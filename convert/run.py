@@ -53,10 +53,10 @@ def convert(
         destination: the folder to make; it must not exist.
         dtype: of the language models: bfloat16, float16 or float32.
         codec_dtype: what the codec is stored in, float32 or float16; it computes in float32.
-        quantize: how the language models' matrices are packed, "4", "6" or "8" bits, "mxfp4" or
+        quantize: how the language models' matrices are quantized, "4", "6" or "8" bits, "mxfp4" or
             "mxfp8", or None.
         quantize_parts: other choices, or "none", for "embedding", "head", "body" and "superres".
-        quantize_layers: how each is packed, instead: by name, as config.json has it. Layers that
+        quantize_layers: how each is quantized, instead: by name, as config.json has it. Layers that
             are not named stay as they are.
         group_size: weights that share a scale (32, 64 or 128).
         tokenizer: a tokenizer.json, a folder or repository with one; by default the one beside
@@ -119,7 +119,7 @@ def pack(
     _check_options(dtype, codec_dtype, None)
     packed_as = recipe(quantize, group_size, quantize_parts)
     if not licence.strip() or not licence.isprintable():
-        raise ConvertError("licence has to be one line of text.")
+        raise ConvertError("licence must be one line of text.")
     runs = {"codec": Path(codec), "backbone": Path(backbone), "superres": Path(superres)}
 
     def work(folder: Path) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _check_options(dtype: str, codec_dtype: str, fc1_bias: str | None) -> None:
     ):
         if value not in known:
             choices = ", ".join(str(each) for each in known if each is not None)
-            raise ConvertError(f"{name} has to be one of {choices}, got {shown(value)}.")
+            raise ConvertError(f"{name} must be one of {choices}, got {shown(value)}.")
 
 
 def _fc1_scale(opened: Opened, wanted: str) -> float:
@@ -176,7 +176,7 @@ def _fc1_scale(opened: Opened, wanted: str) -> float:
 def _config(opened: Opened, packing: Packing, fc1_bias: str) -> KhalaConfig:
     layers = packed_layers(opened.backbone, packing) | packed_layers(opened.superres, packing)
     if unknown := sorted(set(packing.recipe.layers) - set(layers)):
-        raise ConvertError(f"There are no such layers that can be packed so: {listed(unknown)}.")
+        raise ConvertError(f"There are no such layers that can be quantized so: {listed(unknown)}.")
     if packing.recipe and not layers:
         size = listed(packing.recipe.group_sizes)
         raise ConvertError(
@@ -235,7 +235,7 @@ def _write_all(
 
 
 def packing_report(config: KhalaConfig) -> dict[str, Any] | None:
-    """How many layers are packed, and how most of them are."""
+    """How many layers are quantized, and how most of them are."""
     counted = Counter(config.quantization.values())
     if not counted:
         return None

@@ -113,7 +113,7 @@ def _explicit(given: str | Path) -> tuple[Path, str]:
         return path, "given"
     if hub.is_repo_id(given):
         return hub.download_file(str(given), FILE, also=CONFIG_FILE), str(given)
-    raise ConvertError(f"{shown(str(given))} is no tokenizer.json, nor a folder that holds one.")
+    raise ConvertError(f"{shown(str(given))} is not a tokenizer.json, nor a folder that holds one.")
 
 
 def _beside(root: Path) -> Path | None:
@@ -156,7 +156,7 @@ def _parse(data: bytes, path: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ConvertError(f"{shown(path.name)} is no valid JSON.") from error
+        raise ConvertError(f"{shown(path.name)} is not valid JSON.") from error
     if not isinstance(parsed, dict):
         raise ConvertError(f"{shown(path.name)} holds no JSON object.")
     return parsed
@@ -176,7 +176,7 @@ def _ids(parsed: dict[str, Any]) -> dict[str, int]:
             raise ConvertError("tokenizer.json has malformed or contradictory added_tokens.")
         ids[name] = token
     if not all(type(token) is int and token >= 0 for token in ids.values()):
-        raise ConvertError("tokenizer.json has ids that are no numbers.")
+        raise ConvertError("tokenizer.json has ids that are not numbers.")
     return ids
 
 

@@ -17,7 +17,7 @@ khala = Khala.from_pretrained(model)
 first = khala.generate(tags="waltz, slow, happy", lyrics="do re mi", seconds=seconds, seed=1)
 first.save("detail-1.wav")
 request = replace(first.take.request, refine_seed=2)
-second = khala.make(khala.redo(first.take, request))
+second = khala.finish(khala.refine_again(first.take, request))
 second.save("detail-2.wav")
 equal = (first.codes == second.codes).mean(axis=1)
 coarse = khala.config.tokens.num_coarse

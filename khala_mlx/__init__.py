@@ -6,25 +6,33 @@ khala = Khala.from_pretrained("khala-model")
 khala.generate(tags="slow rock", lyrics="...", minutes=2, seed=7).save("song.wav")
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from khala_mlx.errors import KhalaError
+from khala_mlx.errors import KhalaError, KhalaWarning
 
 if TYPE_CHECKING:
     from khala_mlx.pipeline.khala import Khala
+    from khala_mlx.prompt.request import Request
     from khala_mlx.song.song import Song
+    from khala_mlx.song.take import Take
 
-__all__ = ["Khala", "KhalaError", "Song"]
+__all__ = ["Khala", "KhalaError", "KhalaWarning", "Request", "Song", "Take"]
+
+# Imported when first used, so that `khala --help` never imports MLX.
+_LAZY = {
+    "Khala": "khala_mlx.pipeline.khala",
+    "Request": "khala_mlx.prompt.request",
+    "Song": "khala_mlx.song.song",
+    "Take": "khala_mlx.song.take",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily, so that `khala --help` and the converter's --help never import MLX.
-    if name == "Khala":
-        from khala_mlx.pipeline.khala import Khala
+    if name == "__version__":
+        from importlib.metadata import version
 
-        return Khala
-    if name == "Song":
-        from khala_mlx.song.song import Song
-
-        return Song
+        return version("khala-mlx")
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -64,7 +64,7 @@ class SpecialTokens(Strict):
 
     def __post_init__(self) -> None:
         if "{minutes}" not in self.minutes:
-            raise ConfigError("tokens.specials.minutes has to contain {minutes}.")
+            raise ConfigError("tokens.specials.minutes must contain {minutes}.")
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,14 @@ class TokenLayout(Strict):
             self, "audio_start", "codebook_size", "num_codebooks", "num_coarse", "max_minutes"
         )
         if self.num_coarse >= self.num_codebooks:
-            raise ConfigError("tokens.num_coarse has to be below tokens.num_codebooks.")
+            raise ConfigError("tokens.num_coarse must be below tokens.num_codebooks.")
         for name, lowest in (
             ("end_of_song", self.end_of_song),
             ("padding", self.padding),
             ("marker_base", self.marker_base - self.num_codebooks + 1),
         ):
             if lowest < 0 or getattr(self, name) >= self.audio_start:
-                raise ConfigError(f"tokens.{name} has to be a text id below audio_start.")
+                raise ConfigError(f"tokens.{name} must be a text id below audio_start.")
 
     @property
     def backbone_vocab(self) -> int:
@@ -145,11 +145,11 @@ class TransformerConfig(Strict):
     def __post_init__(self) -> None:
         _positive(self, *(f.name for f in dataclasses.fields(self)))
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError("num_heads has to be a multiple of num_kv_heads.")
+            raise ConfigError("num_heads must be a multiple of num_kv_heads.")
         if self.head_dim % 2:
-            raise ConfigError("head_dim has to be even, rotary positions turn pairs.")
+            raise ConfigError("head_dim must be even, rotary positions turn pairs.")
         if self.max_prompt >= self.context:
-            raise ConfigError("max_prompt has to be below context.")
+            raise ConfigError("max_prompt must be below context.")
 
 
 _TINY_BODY: dict[str, Any] = {
@@ -224,11 +224,9 @@ class CodecConfig(Strict):
         for name in ("encoder_strides", "decoder_rates"):
             values = getattr(self, name)
             if not values or any(v < 2 or v % 2 for v in values):
-                raise ConfigError(f"codec.{name} has to list even numbers, got {list(values)}.")
+                raise ConfigError(f"codec.{name} must list even numbers, got {list(values)}.")
         if math.prod(self.encoder_strides) != math.prod(self.decoder_rates):
-            raise ConfigError(
-                "codec.encoder_strides and decoder_rates have to multiply to one hop."
-            )
+            raise ConfigError("codec.encoder_strides and decoder_rates must multiply to one hop.")
 
     @property
     def hop(self) -> int:
@@ -257,7 +255,7 @@ class CodecConfig(Strict):
 
 @dataclass(frozen=True)
 class Quantization(Strict):
-    """How one tensor is packed, in MLX's terms."""
+    """How one tensor is quantized, in MLX's terms."""
 
     bits: int
     group_size: int
@@ -269,7 +267,7 @@ class Quantization(Strict):
 
 @dataclass(frozen=True)
 class KhalaConfig(Strict):
-    """A whole model folder. `quantization` maps `part.path.of.layer` to how it is packed.
+    """A whole model folder. `quantization` maps `part.path.of.layer` to how it is quantized.
 
     `source` is free text for provenance (repository, revision, checksums) and is not read back.
     """
@@ -297,11 +295,9 @@ class KhalaConfig(Strict):
                 f"reads format {FORMAT_VERSION}."
             )
         if self.dtype not in DTYPES:
-            raise ConfigError(
-                f"dtype has to be one of {', '.join(DTYPES)}, got {shown(self.dtype)}."
-            )
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(self.dtype)}.")
         if self.fc1_bias not in ("double", "single"):
-            raise ConfigError(f"fc1_bias has to be double or single, got {shown(self.fc1_bias)}.")
+            raise ConfigError(f"fc1_bias must be double or single, got {shown(self.fc1_bias)}.")
         for what, ours, theirs in (
             ("backbone.vocab_size", self.backbone.vocab_size, self.tokens.backbone_vocab),
             ("superres.vocab_size", self.superres.vocab_size, self.tokens.superres_vocab),
@@ -327,7 +323,7 @@ class KhalaConfig(Strict):
         """Read a config.json.
 
         Raises:
-            ConfigError: if it cannot be read, is no JSON object, or breaks a rule above.
+            ConfigError: if it cannot be read, is not a JSON object, or breaks a rule above.
         """
         return cls.from_dict(read_object(path), str(path))
 
@@ -339,9 +335,9 @@ def read_object(path: Path, error: type[KhalaError] = ConfigError) -> dict[str, 
     except OSError as why:
         raise error(f"{path} cannot be read: {why.strerror}.") from why
     except (ValueError, RecursionError) as why:
-        raise error(f"{path} is no valid JSON.") from why
+        raise error(f"{path} is not valid JSON.") from why
     if not isinstance(data, dict):
-        raise error(f"{path} has to be an object.")
+        raise error(f"{path} must be an object.")
     return data
 
 
@@ -349,18 +345,18 @@ def _positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not (0 < value < 2**31):
-            raise ConfigError(f"{name} has to be above 0, got {value}.")
+            raise ConfigError(f"{name} must be above 0, got {value}.")
 
 
 def _parse(cls: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
-        raise ConfigError(f"{where} has to be an object.")
+        raise ConfigError(f"{where} must be an object.")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := sorted(set(data) - set(fields)):
         raise ConfigError(f"{where} has unknown keys: {listed(unknown)}.")
     if missing := sorted(set(fields) - set(data)):
-        raise ConfigError(f"{where} lacks keys: {', '.join(missing)}.")
+        raise ConfigError(f"{where} is missing keys: {', '.join(missing)}.")
     values = {name: _value(hints[name], value, f"{where}: {name}") for name, value in data.items()}
     return cls(**values)
 
@@ -375,11 +371,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return _value(next(arg for arg in args if arg is not types.NoneType), value, where)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where} has to be a list.")
+            raise ConfigError(f"{where} must be a list.")
         return tuple(_value(args[0], item, where) for item in value)
     if origin is Mapping:
         if not isinstance(value, dict):
-            raise ConfigError(f"{where} has to be an object.")
+            raise ConfigError(f"{where} must be an object.")
         parsed = {
             key: _value(args[1], item, f"{where}.{shown(key)}") for key, item in value.items()
         }
@@ -391,7 +387,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         with suppress(OverflowError):
             value = hint(value) if isinstance(value, Integral if hint is int else Real) else value
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise ConfigError(f"{where} has to be of type {hint.__name__}, got {shown(repr(value))}.")
+        raise ConfigError(f"{where} must be of type {hint.__name__}, got {shown(repr(value))}.")
     return value
 
 

@@ -38,4 +38,4 @@ class AudioError(KhalaError):
 
 
 class KhalaWarning(UserWarning):
-    """Something the user should know, though the work goes on."""
+    """Something the user should know, though the work continues."""

@@ -54,11 +54,11 @@ def download(
         how: options of convert.convert.
 
     Raises:
-        KhalaError: in one sentence. What has come stays: the next call goes on from there.
+        KhalaError: in one sentence. What has come stays: the next call continues from there.
     """
     name = checked_name(name or model_name(repo))
     if name == _IN_THE_BOX:
-        raise KhalaError(f"{name} is the model in the box: choose another --name.")
+        raise KhalaError(f"{name} is the bundled demo model: choose another --name.")
     target = models_folder() / name
     check_absent(target)
     there = _listing(repo, revision)
@@ -85,7 +85,7 @@ def download(
 
 
 def models() -> list[dict[str, Any]]:
-    """What is in the models' folder, whole or damaged, and the model in the box."""
+    """What is in the models' folder, whole or damaged, and the bundled demo model."""
     from khala_mlx.model.weights import find_model
 
     folder = models_folder()
@@ -128,9 +128,9 @@ def checked_name(name: str) -> str:
 
 
 def _listing(repo: str, revision: str | None) -> hub.Listing:
-    """The Hub's, or where it cannot be asked that of a download that was begun."""
+    """The Hub's, or where it cannot be asked that of a download that was started."""
     if not hub.is_repo_id(repo):
-        raise KhalaError(f"{shown(repo)} is no name of a Hub repository (owner/name).")
+        raise KhalaError(f"{shown(repo)} is not a name of a Hub repository (owner/name).")
     try:
         return hub.listing(repo, revision)
     except hub.Unreachable:
@@ -160,7 +160,7 @@ def _wanted(there: hub.Listing) -> list[str]:
     patterns = hub_patterns(there.files, there.repo)
     names = [n for n in there.files if any(fnmatch(n, pattern) for pattern in patterns)]
     if layout_of(there.files, there.repo) == _FINISHED:
-        # What lies deeper, an adapter perhaps, is no part of the model.
+        # What lies deeper, an adapter perhaps, is not a part of the model.
         names = [n for n in names if "/" not in n]
     for name in names:
         if not all(map(is_plain_name, name.split("/"))):
@@ -190,7 +190,7 @@ def _require_consent(there: hub.Listing, accept: Callable[[str, str], bool]) -> 
 
 
 def _at_most_written(dtype: str) -> int:
-    """Bytes of the released model in this dtype, the codec in float32; packed it has fewer."""
+    """Bytes of the released model in this dtype, the codec in float32; quantized it has fewer."""
     setting = Setting(dtype, on_cpu=False)
     parts = ("backbone", "superres", "codec")
     return sum(weight_bytes(KhalaConfig(), part, setting) for part in parts)

@@ -22,7 +22,7 @@ def shown(name: object) -> str:
 
 
 def resuming(take: Path) -> str:
-    """The command that goes on with a take, to be copied into a shell whatever the file's name."""
+    """Return the command that resumes a take, quoted for a shell."""
     return f"khala generate --resume {shlex.quote(str(take))}"
 
 
@@ -41,3 +41,8 @@ def listed(names: Iterable[object]) -> str:
     every = [shown(name) for name in names]
     more = len(every) - MOST_LISTED
     return ", ".join(every[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def clock_time(seconds: float) -> str:
+    """75.0 -> 1:15"""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -48,8 +48,8 @@ def deinterleave(layout: TokenLayout, ids: np.ndarray) -> np.ndarray:
     if bad := np.argwhere((codes < 0) | (codes >= layout.codebook_size)).tolist():
         layer, frame = min(bad, key=lambda position: (position[1], position[0]))
         raise KhalaError(
-            f"The backbone wrote token {rows[layer, frame]} at frame {frame}, which is no code of "
-            f"layer {layer}; keep to the reachable tokens or lower the temperature."
+            f"The backbone wrote token {rows[layer, frame]} at frame {frame}, not a code of "
+            f"codebook {layer}. Keep to the reachable tokens or lower the temperature."
         )
     return codes
 
@@ -66,16 +66,14 @@ def check_codes(codes: Any, *, layers: int, codebook_size: int, fewer: bool = Fa
     least = 1 if fewer else layers
     if array.ndim != 2 or not least <= array.shape[0] <= layers:
         wanted = f"1..{layers}" if fewer else f"{layers}"
-        raise KhalaError(
-            f"Codes have to be an array of shape [{wanted}, T], got {list(array.shape)}."
-        )
+        raise KhalaError(f"Codes must be an array of shape [{wanted}, T], got {list(array.shape)}.")
     if array.dtype.kind not in "iu":
-        raise KhalaError(f"Codes have to be integers, got {array.dtype}.")
+        raise KhalaError(f"Codes must be integers, got {array.dtype}.")
     if array.shape[1] == 0:
-        raise KhalaError("Codes have to hold at least one frame.")
+        raise KhalaError("Codes must hold at least one frame.")
     if array.min() < 0 or array.max() >= codebook_size:
         raise KhalaError(
-            f"Codes have to lie in 0..{codebook_size - 1}, got {array.min()}..{array.max()}."
+            f"Codes must lie in 0..{codebook_size - 1}, got {array.min()}..{array.max()}."
         )
     return array
 
@@ -109,10 +107,10 @@ def check_prompt(ids: Any) -> np.ndarray:
     """
     array = plain_array(ids, "Token ids have")
     if array.ndim == 1 and array.size == 0:
-        raise KhalaError("Token ids have to hold at least one token.")
+        raise KhalaError("Token ids must hold at least one token.")
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise KhalaError(
-            f"Token ids have to be integers of shape [P], got {array.dtype} of shape "
+            f"Token ids must be integers of shape [P], got {array.dtype} of shape "
             f"{list(array.shape)}."
         )
     return array

@@ -22,7 +22,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 def _preload_fast_blas() -> None:
     # MLX's Linux wheel brings a reference BLAS, 50 times slower than the one torch brings.
-    # Symbols loaded globally first win, so this has to precede the first import of mlx.
+    # Symbols loaded globally first win, so this must precede the first import of mlx.
     if sys.platform != "linux" or os.environ.get("KHALA_STOCK_BLAS"):
         return
     spec = find_spec("torch")

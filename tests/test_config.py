@@ -51,13 +51,13 @@ def edited(**changes: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"surprise": 1}, "unknown keys: surprise"),
+        ({"surprise": 1}, "unknown keys: nats per token"),
         ({"codec__hop": 1}, "unknown keys: hop"),
-        ({"backbone": ...}, "lacks keys: backbone"),
-        ({"backbone__num_layers": ...}, "lacks keys: num_layers"),
-        ({"backbone": 3}, "has to be an object"),
-        ({"source": 3}, "has to be an object"),
-        ({"dtype": "float64"}, "dtype has to be one of"),
+        ({"backbone": ...}, "is missing keys: backbone"),
+        ({"backbone__num_layers": ...}, "is missing keys: num_layers"),
+        ({"backbone": 3}, "must be an object"),
+        ({"source": 3}, "must be an object"),
+        ({"dtype": "float64"}, "dtype must be one of"),
         ({"fc1_bias": "triple"}, "double or single"),
         ({"model_type": "llama"}, "model_type"),
         ({"format_version": 99}, "format 99"),
@@ -72,14 +72,14 @@ def edited(**changes: object) -> dict[str, object]:
         ({"superres__vocab_size": 331}, "token layout says"),
         ({"codec__codebook_size": 17}, "token layout says"),
         ({"codec__num_codebooks": 9}, "token layout says"),
-        ({"codec__encoder_strides": 4}, "has to be a list"),
+        ({"codec__encoder_strides": 4}, "must be a list"),
         ({"codec__encoder_strides": [2, 3]}, "even numbers"),
         ({"codec__encoder_strides": [2, 4]}, "one hop"),
         ({"tokens__num_coarse": 8}, "num_coarse"),
         ({"tokens__end_of_song": 300}, "text id"),
         ({"tokens__marker_base": 3}, "text id"),
         ({"tokens__specials__minutes": "<m>"}, "{minutes}"),
-        ({"quantization": {"backbone.lm_head": {"bits": 4}}}, "lacks keys"),
+        ({"quantization": {"backbone.lm_head": {"bits": 4}}}, "is missing keys"),
         ({"licence": 5}, "type str"),
     ],
 )
@@ -112,7 +112,7 @@ def test_load_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="absent.json cannot be read"):
         KhalaConfig.load(tmp_path / "absent.json")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="no valid JSON"):
+    with pytest.raises(ConfigError, match="not valid JSON"):
         KhalaConfig.load(tmp_path / "config.json")
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="object"):

@@ -1,4 +1,4 @@
-"""The model in the box: small enough, complete, and what it sings is music like its corpus."""
+"""the bundled demo model: small enough, complete, and what it sings is music like its corpus."""
 
 import json
 import math
@@ -74,7 +74,7 @@ def test_the_default_model_makes_a_file(tmp_path: Path) -> None:
 
 def test_a_song_lasts_twelve_seconds_and_has_all_layers(coarse: np.ndarray, song: Song) -> None:
     assert coarse.shape[1] * 2048 / song.sample_rate >= 12
-    # It goes on to sing, and does not hold a note.
+    # It continues to sing, and does not hold a note.
     assert all(len(np.unique(part)) > 8 for part in np.array_split(coarse, 4, axis=1))
     assert song.codes.shape[0] == 64
     # Every layer was filled by the model, not by one code.

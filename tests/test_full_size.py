@@ -12,10 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from upstream_rules import write_tokens
 
 from khala_mlx.config import KhalaConfig
 from khala_mlx.model.backbone import Backbone
 from khala_mlx.model.codec import Codec
+from khala_mlx.model.sampling import Detail
 from khala_mlx.model.superres import SuperRes
 
 FRAMES = 16
@@ -48,8 +50,8 @@ def test_released_sizes_run() -> None:
         backbone = build(lambda: Backbone(config.backbone, config.tokens))
     prompt = np.arange(14)
     with measured("compose 40 tokens", report):
-        written = backbone.generate(
-            prompt, max_tokens=40, min_tokens=40, top_k=50, key=mx.random.key(0)
+        written = write_tokens(
+            backbone, prompt, max_tokens=40, min_tokens=40, top_k=50, key=mx.random.key(0)
         )
     assert len(written) == 40
     del backbone
@@ -59,7 +61,7 @@ def test_released_sizes_run() -> None:
     with measured("load superres", report):
         superres = build(lambda: SuperRes(config.superres, config.tokens))
     with measured("refine 16 frames, 62 steps", report):
-        codes = superres.refine(prompt, coarse, top_k=10, key=mx.random.key(1))
+        codes = superres.refine(prompt, coarse, Detail(top_k=10), key=mx.random.key(1))
     assert codes.shape == (64, FRAMES)
     del superres
     mx.clear_cache()

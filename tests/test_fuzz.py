@@ -16,7 +16,7 @@ from khala_mlx.audio import files as audio
 from khala_mlx.audio import tags
 from khala_mlx.errors import KhalaError
 from khala_mlx.song.info import describe
-from khala_mlx.song.record import read_request
+from khala_mlx.song.record import Record
 
 FORMATS = (".wav", ".flac", ".ogg", ".mp3")
 FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
@@ -58,7 +58,7 @@ def test_damaged_sounds(
     path.write_bytes(data[: int((1 - cut**4) * len(data))])
     before = sorted(folder.iterdir())
     told: list[bool] = []
-    for look in (describe, tags.read, read_request):
+    for look in (describe, tags.read, Record.read):
         try:
             look(path)
         except KhalaError as error:
@@ -88,7 +88,7 @@ def test_sidecars_of_anything(folder: Path, content: Any) -> None:
     (folder / "any.json").write_text(json.dumps(content))
     soundfile.write(folder / "any.wav", np.zeros((2000, 2)), 44100)
     told: list[bool] = []
-    for look, path in ((read_request, "any.json"), (describe, "any.wav")):
+    for look, path in ((Record.read, "any.json"), (describe, "any.wav")):
         try:
             look(folder / path)
         except KhalaError as error:
@@ -101,7 +101,7 @@ def test_sidecars_of_anything(folder: Path, content: Any) -> None:
 def test_sidecars_of_bytes(folder: Path, content: bytes) -> None:
     (folder / "raw.json").write_bytes(content)
     with pytest.raises(KhalaError) as told:
-        read_request(folder / "raw.json")
+        _ = Record.read(folder / "raw.json").request
     assert is_one_line(told.value)
 
 
@@ -113,7 +113,7 @@ def test_tags_of_anything_come_back(folder: Path, texts: dict[str, str], suffix:
     audio.write_audio(path, np.zeros((500, 2), np.float32), 44100, tags=texts, overwrite=True)
     found = tags.read(path)
     for name, text in texts.items():
-        # What cannot be kept is told (test_tags.py); the rest is exact.
+        # What cannot be kept is reported (test_tags.py); the rest is exact.
         assert found.get(name, "") in ("", tags.clean(text))
     assert soundfile.info(io.BytesIO(path.read_bytes())).channels == 2
 

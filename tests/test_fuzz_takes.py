@@ -60,7 +60,7 @@ def good(tiny: Khala, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     take = tiny.begin(Request(tags="pop", lyrics="la", seconds=0.02, min_seconds=0.02, seed=1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tiny.make(take)
+        tiny.finish(take)
     take.save(path)
     from safetensors import safe_open
 
@@ -124,7 +124,7 @@ def test_takes_that_tell_something_odd(
     good: dict[str, Any], tiny_folder: Path, tmp_path: Path, data: st.DataObject
 ) -> None:
     places = paths(good["text"])
-    # Asking for minutes of song is no malformed input, only slow.
+    # Asking for minutes of song is not a malformed input, only slow.
     places = [p for p in places if p[-1] not in ("seconds", "min_seconds", "minutes")]
     text = put(good["text"], data.draw(st.sampled_from(places)), data.draw(odd))
     layers = data.draw(st.sampled_from([0, 2, 5, 8]))

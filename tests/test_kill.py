@@ -1,4 +1,4 @@
-"""kill -9 at random moments of `khala generate`; going on has to give the undisturbed song.
+"""kill -9 at random moments of `khala generate`; continuing must give the undisturbed song.
 
 KHALA_KILLS says how many (the default is for CI), KHALA_KILLS_SEED which.
 """
@@ -18,7 +18,7 @@ from khala_mlx.song.take import Take
 KILLS = int(os.environ.get("KHALA_KILLS", "2"))
 TAKE = "song.take.safetensors"
 ASKED = ["--tags", "waltz, slow, happy", "--lyrics", "do re mi", "--seconds", "1", "--seed", "1"]
-# conftest loads a fast BLAS into this process; a child has to do so itself, or the bits differ.
+# conftest loads a fast BLAS into this process; a child must do so itself, or the bits differ.
 START = [
     sys.executable,
     "-c",
@@ -74,7 +74,7 @@ def test_a_killed_song_is_finished(
         layers = str(Take.load(tmp_path / TAKE).layers)
         result = run(tmp_path, "--resume", TAKE)
     else:
-        # So early that nothing was begun: the same command again.
+        # So early that nothing was started: the same command again.
         layers = "no"
         assert not [name for name in found if not name.startswith(".")]
         result = run(tmp_path, *ASKED)

@@ -142,7 +142,7 @@ def test_a_model_is_fetched_and_converted(hub: FakeHub, sources: Path, home: Pat
 
 
 def fault(hub: FakeHub, kind: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Make the server or the disk fail; returns what the error has to say."""
+    """Make the server or the disk fail; returns what the error must say."""
     big = next(n for n in hub.files if n.endswith(".distcp"))
     if kind == "broken connection":
         hub.cut_after[big] = [1000] * 50
@@ -169,7 +169,7 @@ def fault(hub: FakeHub, kind: str, monkeypatch: pytest.MonkeyPatch) -> str:
         return "No space left"
     if kind == "missing file":
         hub.unlisted = {big}
-        return "lacks a file"
+        return "is missing a file"
     if kind == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
@@ -419,7 +419,7 @@ def test_what_lies_deeper_is_no_part_of_a_converted_model(hub: FakeHub) -> None:
 
 
 def test_no_model_takes_the_name_of_the_one_in_the_box(hub: FakeHub, sources: Path) -> None:
-    with pytest.raises(KhalaError, match="demo is the model in the box"):
+    with pytest.raises(KhalaError, match="demo is the bundled demo model"):
         fetched(sources, name="demo")
     assert not hub.requests
 

@@ -52,7 +52,7 @@ def run(line: str) -> None:
 def workshop(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with what the recipes assume, and where they leave their songs."""
     folder = tmp_path_factory.mktemp("newcomer")
-    # Wide enough to be packed in groups of 64.
+    # Wide enough to be quantized in groups of 64.
     sizes = Sizes(layers=1, heads=4, groups=2, head_dim=16, hidden=64, ffn=64)
     write_megatron(folder / "checkpoints", sizes)
     write_tokenizer(folder)
@@ -158,7 +158,7 @@ def test_9_a_style_of_ones_own(workshop: Path) -> None:
 
 
 def test_10_verify(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The model in the box takes half a minute; here its name leads to the tiny one.
+    # the bundled demo model takes half a minute; here its name leads to the tiny one.
     khala = Khala.from_pretrained("tiny")
     goldens.record(khala)
     monkeypatch.setattr("khala_mlx.pipeline.khala.Khala.from_pretrained", lambda *_, **__: khala)

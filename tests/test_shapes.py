@@ -72,7 +72,7 @@ def test_refining(tiny: Khala, shapes: Any, frames: int) -> None:
     coarse = random.integers(0, layout.codebook_size, (layout.num_coarse, frames))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KhalaWarning)
-        tiny.refine(PROMPT, coarse, layers=min(layout.num_codebooks, layout.num_coarse + 3))
+        tiny.refine(PROMPT, coarse, codebooks=min(layout.num_codebooks, layout.num_coarse + 3))
     embedded = shapes.pop(f"Embedding {id(tiny.superres.embed_tokens)}")
     # The prompt, the marker of a layer, the codes of a layer; in windows their own length.
     assert len(embedded) <= 3 + (frames > room)

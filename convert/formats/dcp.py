@@ -66,7 +66,7 @@ class DistCheckpoint:
             piece = self._piece(name, info)
             end = piece.offset + piece.length
             self._ends[piece.file] = max(end, self._ends.get(piece.file, 0))
-            # What is no tensor has no offset.
+            # What is not a tensor has no offset.
             if is_shape(offsets := key.get("offset")):
                 if (name, offsets) in self._pieces:
                     raise ConvertError(f"{self.what} stores a chunk of {shown(name)} twice.")

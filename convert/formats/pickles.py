@@ -112,7 +112,7 @@ class _Machine:
     def stack_global(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         known = isinstance(name, str) and isinstance(module, str)
-        # Joined anew for every use, so two long strings could fill the memory.
+        # Joined again for every use, so two long strings could fill the memory.
         short = known and len(module) + len(name) <= 1000
         self.stack.append(Global(f"{module}.{name}" if short else "?"))
 

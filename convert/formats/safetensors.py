@@ -90,7 +90,7 @@ def read(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise ConvertError(f"{what} is no safetensors file or is truncated.")
+                raise ConvertError(f"{what} is not a safetensors file or is truncated.")
             header = json.loads(file.read(length), object_pairs_hook=_unique(what))
     except OSError as error:
         raise ConvertError(f"{what} cannot be read: {error.strerror}.") from error
@@ -129,7 +129,7 @@ def _tensor(name: str, entry: Any, path: Path, start: int) -> tuple[Tensor, tupl
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ConvertError(f"{shown(path.name)} describes {shown(name)} in a malformed way.")
     if code not in _DTYPES:
-        # Harmless while nothing needs it; whoever reads its values is told.
+        # Harmless while nothing needs it; reading its values is an error.
         return Tensor(name, shape, code, _unreadable), offsets
     tensor = stored(name, shape, _DTYPES[code], path, start + offsets[0])
     if tensor.bytes != offsets[1] - offsets[0]:
@@ -140,7 +140,7 @@ def _tensor(name: str, entry: Any, path: Path, start: int) -> tuple[Tensor, tupl
 
 
 def _unreadable(start: int, stop: int) -> np.ndarray:
-    raise ConvertError("A tensor of a type that is no float cannot be converted.")
+    raise ConvertError("A tensor of a type that is not a float cannot be converted.")
 
 
 def _check_spans(spans: list[tuple[int, int]], length: int, what: str) -> None:

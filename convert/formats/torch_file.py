@@ -55,7 +55,7 @@ class TorchZip:
             raise
         except Exception as error:
             # zipfile raises half a dozen kinds for a damaged directory.
-            raise ConvertError(f"{self.what} is no torch file or is truncated.") from error
+            raise ConvertError(f"{self.what} is not a torch file or is truncated.") from error
         for info in infos:
             _, _, name = info.filename.partition("/")
             if name in entries:
@@ -80,7 +80,7 @@ class TorchZip:
         """Where in the file an entry's bytes lie."""
         info = self._entries.get(name)
         if info is None:
-            raise ConvertError(f"{self.what} lacks {shown(name)}; it is no torch file.")
+            raise ConvertError(f"{self.what} does not have {shown(name)}; it is not a torch file.")
         header = info.header_offset
         if header < 0 or header + LOCAL_HEADER > self._length:
             raise ConvertError(f"{self.what} has a damaged zip directory.")
@@ -98,10 +98,10 @@ class TorchZip:
         """The tensor `ref` describes.
 
         Raises:
-            ConvertError: if it is no tensor or reaches outside its storage.
+            ConvertError: if it is not a tensor or reaches outside its storage.
         """
         if not isinstance(ref, TensorRef):
-            raise ConvertError(f"{shown(name)} in {self.what} is no plain tensor.")
+            raise ConvertError(f"{shown(name)} in {self.what} is not a plain tensor.")
         if ref.dtype not in CARRIERS or ref.storage.dtype not in (ref.dtype, "uint8"):
             raise ConvertError(f"{shown(name)} in {self.what} is {shown(ref.dtype)}, not a float.")
         width = CARRIERS[ref.dtype].itemsize

@@ -58,7 +58,7 @@ class _Names:
     codebooks: list[str] = field(default_factory=list)
 
     def sources(self) -> list[str]:
-        """Every tensor upstream has to hold."""
+        """Every tensor upstream must hold."""
         convs = [*self.convs.values(), *self.transposed.values()]
         return [
             *(f"{at}.{kind}" for at in convs for kind in ("weight_g", "weight_v", "bias")),
@@ -146,7 +146,9 @@ def _config(names: _Names, tensors: dict[str, Tensor]) -> CodecConfig:
     def conv(upstream: str) -> tuple[int, int, int]:
         shape = tensors[f"{upstream}.weight_v"].shape
         if len(shape) != 3:
-            raise ConvertError(f"{shown(upstream)}.weight_v is no convolution but {list(shape)}.")
+            raise ConvertError(
+                f"{shown(upstream)}.weight_v is not a convolution but {list(shape)}."
+            )
         return shape[0], shape[1], shape[2]
 
     encoder_dim, channels, _ = conv(names.convs["encoder.conv_in"])

@@ -82,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConvertError(f"{what} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise ConvertError(f"{what} is no valid JSON.") from error
+        raise ConvertError(f"{what} is not valid JSON.") from error
     if not isinstance(values, dict):
         raise ConvertError(f"{what} holds no JSON object.")
     return values
@@ -132,7 +132,7 @@ def _count(values: Mapping[Any, Any], key: str, what: str) -> int | None:
     if value is None:
         return None
     if type(value) is not int or not 0 < value < 2**31:
-        raise ConvertError(f"{what} gives {key} as {shown(value)}, which is no sensible count.")
+        raise ConvertError(f"{what} gives {key} as {shown(value)}, which is not a sensible count.")
     return value
 
 
@@ -144,5 +144,5 @@ def _number(
         notes.append(f"{what} does not give {key}; {default:g} is taken, the released value.")
         return default
     if type(value) not in (int, float) or not 0 < value < 1e12 or not math.isfinite(value):
-        raise ConvertError(f"{what} gives {key} as {shown(value)}, which is no sensible number.")
+        raise ConvertError(f"{what} gives {key} as {shown(value)}, which is not a sensible number.")
     return float(value)

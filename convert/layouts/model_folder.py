@@ -45,7 +45,7 @@ def open_model_folder(root: Path) -> Opened:
 
 
 def open_part(root: Path, part: str, config: AnyConfig, shapes: Shapes) -> Part[AnyConfig]:
-    """One part by the names and shapes it has to have; errors name the part."""
+    """One part by the names and shapes it must have; errors name the part."""
     with naming(part):
         return _checked_part(root, part, config, shapes)
 
@@ -69,7 +69,7 @@ def _checked_part(root: Path, part: str, config: AnyConfig, shapes: Shapes) -> P
 
 
 def stored_tensors(root: Path, part: str) -> dict[str, Tensor]:
-    """Every tensor of a part by the name it has in its file or files, packed ones in pieces."""
+    """Every tensor of a part by the name it has in its file or files, quantized ones in pieces."""
     index = _index(root, part)
     return _sharded(index) if index.is_file() else read(root / f"{part}.safetensors")
 

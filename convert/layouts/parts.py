@@ -98,7 +98,7 @@ def naming(part: str) -> Iterator[None]:
 
 
 def require_names(wanted: Iterable[str], there: Iterable[str]) -> None:
-    """Refuse a source that lacks tensors, naming each."""
+    """Refuse a source that is missing tensors, naming each."""
     have = set(there)
     if missing := [name for name in wanted if name not in have]:
         raise ConvertError(f"{len(missing)} tensors are missing: {listed(missing)}.")

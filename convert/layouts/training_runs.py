@@ -102,7 +102,7 @@ def _language_model(
     about, where = _told(runs, part), _config_of(runs, part)
     if "tokens" not in about:
         raise ConvertError(
-            f"{shown(where)} lacks the token layout, an earlier version wrote it; repeat "
+            f"{shown(where)} is missing the token layout, an earlier version wrote it; repeat "
             f"`khala train {part}` with --resume, which adds it."
         )
     return sizes.from_dict(about[part], where), TokenLayout.from_dict(about["tokens"], where)

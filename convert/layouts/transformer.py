@@ -106,7 +106,7 @@ def _config(
     def matrix(target: Target) -> tuple[int, int]:
         shape = checkpoint.shape(sources[target])
         if len(shape) != 2:
-            raise ConvertError(f"{shown(sources[target])} is no matrix but {list(shape)}.")
+            raise ConvertError(f"{shown(sources[target])} is not a matrix but {list(shape)}.")
         return shape[0], shape[1]
 
     _, hidden = matrix("embed_tokens.weight")

@@ -158,8 +158,7 @@ def superres(model: str, clips: int, top_k: int, expected: bool) -> None:
     for seed, each in enumerate(held_out(clips)):
         codes = khala.codec.encode(each.waveform)
         _, ids = khala.prompt_ids(tags=each.tags, lyrics=each.lyrics)
-        chooser = khala.expecting(codes.shape[1]) if expected else None
-        ours = khala.refine(ids, codes[:2], top_k=top_k, seed=seed, expected=chooser)
+        ours = khala.refine(ids, codes[:2], top_k=top_k, seed=seed, expected=expected)
         for layers in DOUBLINGS[1:]:
             for kind, source in (("refined", ours), ("true", codes)):
                 wave = khala.codec.decode(source[:layers])

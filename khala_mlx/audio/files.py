@@ -49,10 +49,10 @@ def check_output(path: Path, bit_depth: str = "16") -> None:
     """Refuse a file name or depth that `write_audio` could not serve, before any work."""
     if path.suffix.lower() not in _SUBTYPES:
         raise AudioError(
-            f"{path} has to end in one of {', '.join(_SUBTYPES)}, the formats that can be written."
+            f"{path} must end in one of {', '.join(_SUBTYPES)}, the formats that can be written."
         )
     if not is_text(path.name):
-        raise AudioError(f"{path.name!a} is no valid text, as the name of a song has to be.")
+        raise AudioError(f"{path.name!a} is not valid text, as the name of a song must be.")
     depths = _SUBTYPES[path.suffix.lower()]
     if bit_depth not in depths:
         raise AudioError(
@@ -63,14 +63,14 @@ def check_output(path: Path, bit_depth: str = "16") -> None:
 def check_waveform(waveform: np.ndarray) -> None:
     """Refuse anything but finite float samples [L, C]."""
     if not isinstance(waveform, np.ndarray):
-        raise AudioError(f"A waveform has to be a NumPy array, got {type(waveform).__name__}.")
+        raise AudioError(f"A waveform must be a NumPy array, got {type(waveform).__name__}.")
     if waveform.ndim != 2 or 0 in waveform.shape or waveform.dtype.kind != "f":
         raise AudioError(
-            f"A waveform has to be floats of shape [samples, channels], got {waveform.dtype} of "
+            f"A waveform must be floats of shape [samples, channels], got {waveform.dtype} of "
             f"shape {list(waveform.shape)}."
         )
     if not np.isfinite(waveform).all():
-        raise AudioError("The waveform holds samples that are no finite numbers.")
+        raise AudioError("The waveform contains NaN or infinite samples.")
 
 
 def fit_scale(waveform: np.ndarray, *, normalize: bool) -> tuple[np.ndarray, dict[str, float]]:
@@ -164,7 +164,7 @@ def read_sound(path: Path) -> tuple[np.ndarray, int]:
     """A sound file as it is: float32 samples [L, C] and their rate.
 
     Raises:
-        AudioError: if it cannot be read, holds no samples or some that are no finite numbers, or
+        AudioError: if it cannot be read, holds no samples or some that are NaN or infinite, or
             would not fit half of the memory.
     """
     with _opened(path) as file:
@@ -174,7 +174,7 @@ def read_sound(path: Path) -> tuple[np.ndarray, int]:
     if len(waveform) == 0:
         raise AudioError(f"{path} holds no samples.")
     if not np.isfinite(waveform).all():
-        raise AudioError(f"{path} holds samples that are no finite numbers.")
+        raise AudioError(f"{path} contains NaN or infinite samples.")
     return waveform, rate
 
 
@@ -296,7 +296,7 @@ def _check_format(path: Path, file: Any, sample_rate: int, channels: int) -> Non
 def _check_length_known(path: Path, frames: int) -> None:
     if frames == _UNKNOWN_LENGTH:
         raise AudioError(
-            f"{path} does not tell its length: write it anew, for example with `ffmpeg -i "
+            f"{path} does not tell its length: write it again, for example with `ffmpeg -i "
             f"{path.name} again.flac`."
         )
 
@@ -327,7 +327,7 @@ def save_codes(
 def check_codes_name(path: Path, *, overwrite: bool = False) -> None:
     """Refuse a file name `save_codes` could not serve, before any work."""
     if path.suffix != ".npz":
-        raise AudioError(f"{path} has to end in .npz, the format of codes.")
+        raise AudioError(f"{path} must end in .npz, the format of codes.")
     if not overwrite:
         check_destination(path)
 
@@ -340,7 +340,7 @@ def load_codes(path: Path) -> np.ndarray:
     except OSError as error:
         raise AudioError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise AudioError(f"{path} is no .npz file with an integer array `codes`.") from error
+        raise AudioError(f"{path} is not a .npz file with an integer array `codes`.") from error
     if codes.dtype.kind not in "iu" or codes.ndim != 2:
-        raise AudioError(f"{path} is no .npz file with an integer array `codes` [K, T].")
+        raise AudioError(f"{path} is not a .npz file with an integer array `codes` [K, T].")
     return np.asarray(codes)

@@ -19,7 +19,7 @@ _QUIETEST, _LOUDEST = -70.0, 0.0
 
 
 @dataclass(frozen=True)
-class Finish:
+class Mastering:
     """What is done to a song before it is written.
 
     Attributes:
@@ -42,11 +42,11 @@ class Finish:
                 # NumPy's numbers cannot be written into the sidecar.
                 object.__setattr__(self, name, float(value))
             elif name == "fade" or value is not None:
-                raise AudioError(f"{name} has to be a number, got {shown(value)}.")
+                raise AudioError(f"{name} must be a number, got {shown(value)}.")
         if self.loudness is not None and not _QUIETEST <= self.loudness <= _LOUDEST:
-            raise AudioError(f"loudness has to be -70 to 0 LUFS, got {self.loudness:g}.")
+            raise AudioError(f"loudness must be -70 to 0 LUFS, got {self.loudness:g}.")
         if not 0 <= self.fade < math.inf:
-            raise AudioError(f"fade has to be a number of seconds, got {self.fade:g}.")
+            raise AudioError(f"fade must be a number of seconds, got {self.fade:g}.")
 
     def apply(self, waveform: np.ndarray, sample_rate: int) -> tuple[np.ndarray, dict[str, Any]]:
         """The finished samples [L, C], and a report of what was done for the sidecar."""

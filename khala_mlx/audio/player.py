@@ -90,7 +90,7 @@ class Player:
             self.position = min(max(0, wanted), self.track.ready)
 
     def press(self, key: str) -> bool:
-        """Act on a key; whether playing goes on."""
+        """Act on a key; whether playing continues."""
         if key in ("q", "Q"):
             return False
         if key == " ":

@@ -24,7 +24,7 @@ def check_picture(path: Path) -> None:
         KhalaError: if matplotlib is missing, the suffix is not one of FORMATS, or `path` exists.
     """
     if path.suffix.lower() not in FORMATS:
-        raise KhalaError(f"{path} has to end in one of {', '.join(FORMATS)}.")
+        raise KhalaError(f"{path} must end in one of {', '.join(FORMATS)}.")
     check_destination(path)
     try:
         import matplotlib  # noqa: F401

@@ -91,7 +91,7 @@ def read(path: Path) -> dict[str, str]:
 def clean(text: str) -> str:
     """Text as every format can hold it.
 
-    NUL separates values in ID3; U+FFFE and U+FFFF, which are no characters, let libFLAC refuse a
+    NUL separates values in ID3; U+FFFE and U+FFFF, which are not characters, let libFLAC refuse a
     tag and libsndfile then free it twice.
     """
     return _HELD_NOWHERE.sub("", text.encode("utf-8", "replace").decode())
@@ -110,7 +110,7 @@ def _write_with_mutagen(path: Path, suffix: str, tags: Mapping[str, str]) -> Non
         # By content: the temporary file of a song keeps its suffix, but nothing here relies on it.
         file = mutagen.File(path)
         if file is None:
-            raise AudioError(f"{path} cannot be tagged: it is no sound file.")
+            raise AudioError(f"{path} cannot be tagged: it is not a sound file.")
         if file.tags is None:
             file.add_tags()
         for name, text in tags.items():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-# What terminals send for the keys that are no letters (ECMA-48, and xterm's application mode).
+# What terminals send for the keys that are not letters (ECMA-48, and xterm's application mode).
 _SEQUENCES = {
     b"\x1b[A": "up",
     b"\x1b[B": "down",
@@ -30,7 +30,7 @@ def single_keys() -> Iterator[Reader]:
     """Yield a function that waits so many seconds for a key and returns its name, or "".
 
     Letters are their own names; others are "up", "down", "left", "right", "home". Where standard
-    input is no terminal the function only waits.
+    input is not a terminal the function only waits.
     """
     if not sys.stdin.isatty():
         yield wait

@@ -10,6 +10,7 @@ import click
 
 from khala_mlx.audio.player import Player, Track, play
 from khala_mlx.cli.keyboard import single_keys
+from khala_mlx.text import clock_time
 
 HELP = "space pauses, ←/→ jump 5 s, ↓/↑ 30 s, home restarts, q quits"
 
@@ -56,14 +57,10 @@ def position_line(player: Player, columns: int) -> str:
     mark = "‖" if player.paused else "▶"
     if track.ready < len(track) and player.position >= track.ready:
         mark = "…"
-    text = f"{mark} {_clock(player.position / rate)} / {_clock(len(track) / rate)}"
+    text = f"{mark} {clock_time(player.position / rate)} / {clock_time(len(track) / rate)}"
     width = min(40, columns - len(text) - 1)
     if width >= 4:
         heard = width * player.position // max(1, len(track))
         ready = width * track.ready // max(1, len(track))
         text += " " + "━" * heard + "─" * (ready - heard) + " " * (width - ready)
     return text[: max(1, columns)]
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,41 +1,94 @@
-"""What the commands that make songs share: opening the model, keeping the take, writing files."""
+"""What the commands that make songs share: opening the model, keeping the take, saving files."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from khala_mlx.audio import files as audio
-from khala_mlx.audio.mastering import Finish, fade_part
+from khala_mlx.audio.files import check_output, write_audio
+from khala_mlx.audio.mastering import fade_part
 from khala_mlx.audio.player import Live
-from khala_mlx.audio.tags import clean
-from khala_mlx.cli.eta import Outlook
-from khala_mlx.cli.options import FINISH, OF_THE_FILE, given, left_to_default
+from khala_mlx.cli.eta import Eta
+from khala_mlx.cli.options import FileArgs, ModelArgs, given, is_folder, left_to_default
 from khala_mlx.cli.playback import play_in_terminal
 from khala_mlx.cli.terminal import Progress, report, when_stopped
 from khala_mlx.errors import KhalaError
-from khala_mlx.song.record import read_request, sidecar_path
-from khala_mlx.song.song import Song, take_path
+from khala_mlx.performance.machine import Machine, mac_with, parse_memory, this_machine
+from khala_mlx.pipeline.khala import Khala, OnSound
+from khala_mlx.song.record import Record, sidecar_path
+from khala_mlx.song.song import Song, check_free, take_path
 from khala_mlx.song.take import Take
 from khala_mlx.storage.atomic import check_destination, provisional
 from khala_mlx.text import resuming
 
+# Called as (stage, done, total, seconds left of the stage and of the song).
+TimedProgress = Callable[[str, int, int, tuple[float, float]], None]
 
-def _itself(path: Path) -> list[Path]:
-    return [path]
+
+@dataclass(frozen=True)
+class Output:
+    """Where a song goes, how its file is written, and what the user sees and hears meanwhile.
+
+    Attributes:
+        path: song.wav; song.json and song.take.safetensors are beside it.
+        resumed: the take beside it is the song's own and is replaced.
+        model: for the command that resumes the song.
+    """
+
+    path: Path
+    file: FileArgs
+    model: ModelArgs
+    play: bool = False
+    as_json: bool = False
+    resumed: bool = False
+
+    def check(self, take: Take | None = None) -> bool:
+        """Return whether the song is still to be written; `take` is the one in `path`'s place.
+
+        Raises:
+            KhalaError: if the format is not supported, or other files are in the song's place.
+        """
+        check_output(self.path, self.file.mastering.bit_depth)
+        if take is None:
+            check_free(self.path)
+            return True
+        sidecar = sidecar_path(self.path)
+        if sidecar.exists() and not _is_of(take, sidecar):
+            raise KhalaError(f"{sidecar} belongs to another song. Choose another --output.")
+        if not self.path.exists():
+            check_destination(self.path)
+            return True
+        if take.whole and sidecar.exists():
+            return False
+        raise KhalaError(f"{self.path} exists already. Remove it or choose another --output.")
+
+    @property
+    def resume_command(self) -> str:
+        """The command that resumes the song's take."""
+        return " ".join([resuming(take_path(self.path)), *self.model.flags])
+
+    def draft_path(self, codebooks: int) -> Path:
+        """song.wav -> song.draft-8.wav"""
+        return self.path.with_name(f"{self.path.stem}.draft-{codebooks}{self.path.suffix}")
+
+    def candidates(self, count: int) -> list[Output]:
+        """song.wav -> song.1.wav, song.2.wav, ..."""
+        name = f"{self.path.stem}.{{}}{self.path.suffix}"
+        return [
+            replace(self, path=self.path.with_name(name.format(number)))
+            for number in range(1, count + 1)
+        ]
 
 
-def free_name(suffix: str = ".wav", songs: Callable[[Path], list[Path]] = _itself) -> Path:
-    """song.wav, or the first of song-2.wav, song-3.wav, ... whose `songs` are all free."""
+def free_name(suffix: str = ".wav", candidates: int = 0) -> Path:
+    """Return song.wav, or the first of song-2.wav, song-3.wav, ... whose files are all free."""
     number, path = 1, Path(f"song{suffix}")
     while any(
         each.exists()
-        for song in songs(path)
+        for song in (path, *(path.with_stem(f"{path.stem}.{n + 1}") for n in range(candidates)))
         for each in (song, sidecar_path(song), take_path(song))
     ):
         number += 1
@@ -43,53 +96,31 @@ def free_name(suffix: str = ".wav", songs: Callable[[Path], list[Path]] = _itsel
     return path
 
 
-def finish_of(options: dict[str, Any]) -> Finish:
-    """What the options ask to be done to the sound."""
-    return Finish(**{name: options[name] for name in FINISH})
+def open_model(
+    model: ModelArgs, take: Take | None = None, *, memory: str | None = None, dry_run: bool = False
+) -> Khala:
+    """Open the model of --model, or the one that a take names, with its adapters.
 
+    A take from elsewhere cannot make this download anything: it only leads to local folders.
 
-def open_model(options: dict[str, Any], take: Take | None = None) -> Any:
-    """The Khala of --model, or where that is not given the one a take names, with its adapters.
-
-    A take from elsewhere cannot make this fetch anything: it only leads to folders that are here.
+    Args:
+        memory: plan for a machine with this memory, such as "16GB".
+        dry_run: the machine may have more memory than this one, since nothing is made.
     """
-    from khala_mlx.pipeline.khala import Khala
-
-    source = options["model"]
+    source = model.model
     if take is not None and not given("model") and take.source:
-        if take.source == "demo" or _is_folder(take.source):
+        if take.source == "demo" or is_folder(take.source):
             source = take.source
         elif left_to_default("model"):
-            raise KhalaError(
-                "The take's model is not here under the name it had then: name it with --model."
-            )
-    khala = Khala.from_pretrained(source, keep_loaded=False)
-    load_adapters(khala, options["adapters"], options["adapter_scales"])
+            raise KhalaError("The take's model is not where it was. Name it with --model.")
+    machine = _machine(memory, dry_run) if memory else None
+    khala = Khala.from_pretrained(source, keep_loaded=False, machine=machine)
+    load_adapters(khala, model.adapters, model.adapter_scales)
     return khala
 
 
-def going_on(take: Path, options: dict[str, Any]) -> str:
-    """The command that goes on with a take, with what the take alone does not lead to again."""
-    words = [resuming(take)]
-    if not (options["model"] == "demo" or _is_folder(options["model"])):
-        words += ["--model", shlex.quote(options["model"])]
-    for path in options["adapters"]:
-        words += ["--adapter", shlex.quote(str(path))]
-    for scale in options["adapter_scales"]:
-        words += ["--adapter-scale", str(scale)]
-    return " ".join(words)
-
-
-def _is_folder(name: str) -> bool:
-    try:
-        return Path(name).expanduser().is_dir()
-    except RuntimeError:
-        # ~nobody
-        return False
-
-
-def load_adapters(khala: Any, paths: tuple[Path, ...], scales: tuple[float, ...]) -> None:
-    """Put the adapters of --adapter on a model."""
+def load_adapters(khala: Khala, paths: Sequence[Path], scales: Sequence[float]) -> None:
+    """Use the adapters of --adapter, in any format that the converter reads."""
     if not paths and not scales:
         return
     from khala_mlx.convert import read_adapter
@@ -97,188 +128,143 @@ def load_adapters(khala: Any, paths: tuple[Path, ...], scales: tuple[float, ...]
     khala.load_adapters([read_adapter(path) for path in paths], scales or None)
 
 
-def check_unfinished(take: Take, output: Path) -> bool:
-    """Whether the song of `take` at `output` is still to be written.
-
-    Raises:
-        KhalaError: if other files are in its place.
-    """
-    if sidecar_path(output).exists() and not _is_of(take, sidecar_path(output)):
-        raise KhalaError(f"{sidecar_path(output)} is of another song; choose another --output.")
-    if not output.exists():
-        check_destination(output)
-        return True
-    if take.whole and sidecar_path(output).exists():
-        return False
-    raise KhalaError(f"{output} exists already; remove it or choose another --output.")
+def _machine(memory: str, dry_run: bool) -> Machine:
+    """Return this machine with less memory, or the Mac that a dry run asks about."""
+    here, mac = this_machine(), mac_with(parse_memory(memory))
+    if dry_run and here.on_cpu:
+        return mac
+    # Only a dry run may have more than there is.
+    return replace(here, memory=mac.memory if dry_run else min(here.memory, mac.memory))
 
 
-def write_song(
-    khala: Any, take: Take, output: Path, options: dict[str, Any], *, resumed: bool = False
-) -> None:
-    """Make what a take lacks and write its three files; the take is there from the start on."""
-    with _heard(khala, options):
-        _write_song(khala, take, output, options, resumed)
-
-
-def _write_song(
-    khala: Any, take: Take, output: Path, options: dict[str, Any], resumed: bool
-) -> None:
-    song = made(khala, take, output, options, resumed, progress=_progress(options))
-    save_song(song, output, options)
-    taken = sum(song.metadata["timings"].values())
+def save_song(khala: Khala, take: Take, output: Output) -> None:
+    """Finish a take, write the song's three files and report them."""
+    with _played(khala, output) as on_sound:
+        song = finish(khala, take, output, on_sound=on_sound)
+        write_song(song, output)
     report(
         {
-            "file": str(output),
+            "file": str(output.path),
             "seconds": round(song.duration, 2),
             "seed": take.request.seed,
-            "taken_seconds": round(taken, 1),
+            "taken_seconds": round(sum(song.metadata["timings"].values()), 1),
             "licence": khala.config.licence,
         },
-        options["as_json"],
+        output.as_json,
     )
 
 
-def write_draft(
-    khala: Any, take: Take, output: Path, options: dict[str, Any], *, resumed: bool = False
-) -> None:
-    """Refine a take to --draft layers and write how that sounds; the take stays unfinished."""
-    layers = max(options["draft"], take.layers)
-    sound = draft_path(output, layers)
+def save_draft(khala: Khala, take: Take, output: Output, codebooks: int) -> None:
+    """Refine a take to some codebooks and write their sound; the take stays unfinished."""
+    codebooks = max(codebooks, take.codebooks)
+    sound = output.draft_path(codebooks)
     check_destination(sound)
-    with _heard(khala, options):
-        _write_draft(khala, take, output, options, resumed, sound, layers)
-
-
-def _write_draft(
-    khala: Any,
-    take: Take,
-    output: Path,
-    options: dict[str, Any],
-    resumed: bool,
-    sound: Path,
-    layers: int,
-) -> None:
-    song = made(khala, take, output, options, resumed, layers, _progress(options))
-    write_sound(sound, song, options)
+    with _played(khala, output) as on_sound:
+        song = finish(khala, take, output, codebooks, on_sound=on_sound)
+        write_sound(sound, song, output.file)
     report(
         {
             "file": str(sound),
             "seconds": round(song.duration, 2),
             "seed": take.request.seed,
-            "layers": f"{take.layers} of {take.num_codebooks}",
-            "finish": going_on(take_path(output), options),
+            "codebooks": f"{take.codebooks} of {take.num_codebooks}",
+            "finish": output.resume_command,
         },
-        options["as_json"],
+        output.as_json,
     )
 
 
-@contextmanager
-def _heard(khala: Any, options: dict[str, Any]) -> Iterator[None]:
-    """With --play let the song be heard while it is rendered, and to its end once it is written."""
-    if not options["play"]:
-        yield
-        return
-    rate, fade = khala.config.codec.sample_rate, finish_of(options).fade
-
-    def shape(block: np.ndarray, start: int, samples: int) -> np.ndarray:
-        return fade_part(block, start, samples, rate, fade)
-
-    # How loud the song is cannot be known before its end: it is heard as rendered.
-    live = khala.on_sound = Live(rate, shape, play_in_terminal)
-    try:
-        yield
-    except BaseException:
-        live.stop()
-        raise
-    finally:
-        khala.on_sound = None
-    live.finish()
-
-
-def _progress(options: dict[str, Any]) -> Callable[..., None]:
-    """Shows the stages; where a song is heard, its position takes the place of the last."""
-    progress = Progress()
-    if not options["play"]:
-        return progress
-
-    def show(stage: str, done: int, total: int, left: tuple[float, float]) -> None:
-        if stage != "render":
-            progress(stage, done, total, left)
-
-    return show
-
-
-def draft_path(output: Path, layers: int) -> Path:
-    """song.wav -> song.draft-8.wav"""
-    return output.with_name(f"{output.stem}.draft-{layers}{output.suffix}")
-
-
-def write_sound(path: Path, song: Song, options: dict[str, Any]) -> None:
-    """Write the sound of a song alone, without take and sidecar."""
-    finish = finish_of(options)
-    waveform, _ = finish.apply(song.waveform, song.sample_rate)
-    audio.write_audio(path, waveform, song.sample_rate, bit_depth=finish.bit_depth)
-
-
-def of_the_file(options: dict[str, Any], output: Path) -> dict[str, Any]:
-    """What a take records of how its song is to be written."""
-    named = {name: clean(options[name]) for name in ("title", "artist")}
-    return {name: options[name] for name in OF_THE_FILE} | named | {"suffix": output.suffix}
-
-
-def save_song(song: Song, output: Path, options: dict[str, Any]) -> None:
-    """Write the three files of a song whose take is beside `output` already."""
-    song.save(output, **{name: options[name] for name in OF_THE_FILE}, finishing=True)
-    when_stopped("")
-
-
-def made(
-    khala: Any,
+def finish(
+    khala: Khala,
     take: Take,
-    output: Path,
-    options: dict[str, Any],
-    resumed: bool,
-    layers: int | None = None,
-    progress: Any = None,
+    output: Output,
+    codebooks: int | None = None,
+    *,
+    on_sound: OnSound | None = None,
+    progress: TimedProgress | None = None,
 ) -> Song:
-    """The song of a take, which is kept in its file beside `output` while it grows.
+    """Make the song of a take, and keep the take in its file while it grows."""
+    eta, shown = Eta(khala, [take], codebooks), progress or _progress(played=on_sound is not None)
 
-    `progress` is called as (stage, done, total, seconds left of the stage and of the song).
-    """
-    outlook, shown = Outlook(khala, [take], layers), progress or Progress()
+    def on_progress(stage: str, done: int, total: int) -> None:
+        shown(stage, done, total, eta(stage, done, total))
 
-    def tell(stage: str, done: int, total: int) -> None:
-        shown(stage, done, total, outlook(stage, done, total))
-
-    path = take_path(output)
-    take.options = of_the_file(options, output)
+    path = take_path(output.path)
+    take.options = output.file.recorded(output.path.suffix)
 
     def keep(take: Take) -> None:
         take.save(path, overwrite=True)
-        when_stopped(f"Go on with `{going_on(path, options)}`.")
+        when_stopped(f"Resume with `{output.resume_command}`.")
 
-    if resumed:
+    make = partial(khala.finish, take, on_progress, codebooks=codebooks, on_sound=on_sound)
+    if output.resumed:
         keep(take)
-        return _finished(khala.make(take, tell, keep, layers), outlook)
+        return make(on_take=keep)
     take.save(path)
-    # Until there is something worth keeping, an error or Ctrl-C takes it away again.
+    # Until there is something worth keeping, an error or Ctrl-C removes the file again.
     with provisional(path) as settle:
 
         def keep_for_good(take: Take) -> None:
             keep(take)
             settle()
 
-        return _finished(khala.make(take, tell, keep_for_good, layers), outlook)
+        return make(on_take=keep_for_good)
 
 
-def _finished(song: Song, outlook: Outlook) -> Song:
-    outlook.keep()
-    return song
+def write_song(song: Song, output: Output) -> None:
+    """Write the three files of a song whose take is beside them already."""
+    file = output.file
+    song.save(
+        output.path,
+        normalize=file.normalize,
+        bit_depth=file.bit_depth,
+        loudness=file.loudness,
+        fade=file.fade,
+        title=file.title,
+        artist=file.artist,
+        finishing=True,
+    )
+    when_stopped("")
+
+
+def write_sound(path: Path, song: Song, file: FileArgs) -> None:
+    """Write the sound of a song alone, without record and take."""
+    waveform, _ = file.mastering.apply(song.waveform, song.sample_rate)
+    write_audio(path, waveform, song.sample_rate, bit_depth=file.bit_depth)
+
+
+@contextmanager
+def _played(khala: Khala, output: Output) -> Iterator[OnSound | None]:
+    """With --play yield what plays a song while it is rendered; wait for the end of the sound."""
+    if not output.play:
+        yield None
+        return
+    # The loudness of the song is not known before its end: it is played as rendered.
+    fade = partial(
+        fade_part, sample_rate=khala.config.codec.sample_rate, seconds=output.file.mastering.fade
+    )
+    live = Live(khala.config.codec.sample_rate, fade, play_in_terminal)
+    try:
+        yield live
+    except BaseException:
+        live.stop()
+        raise
+    live.finish()
+
+
+def _progress(*, played: bool) -> TimedProgress:
+    """Return what shows the stages; a played song's position takes the place of the last."""
+    progress = Progress()
+
+    def show(stage: str, done: int, total: int, left: tuple[float, float]) -> None:
+        if not (played and stage == "render"):
+            progress(stage, done, total, left)
+
+    return show
 
 
 def _is_of(take: Take, sidecar: Path) -> bool:
     try:
-        return read_request(sidecar) == take.request
+        return Record.read(sidecar).request == take.request
     except KhalaError:
         return False

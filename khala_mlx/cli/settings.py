@@ -28,7 +28,7 @@ def read_settings(main: click.Group, path: Path | None = None) -> dict[str, Any]
     """The defaults of the file for each command, as click's default_map.
 
     Raises:
-        click.UsageError: if it is no TOML, names a command or an option that does not exist, or
+        click.UsageError: if it is not a TOML, names a command or an option that does not exist, or
             gives an option what it cannot have.
     """
     try:
@@ -42,7 +42,7 @@ def read_settings(main: click.Group, path: Path | None = None) -> dict[str, Any]
     except OSError as error:
         raise click.UsageError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise click.UsageError(f"{path} is no TOML file: {error}.") from error
+        raise click.UsageError(f"{path} is not a TOML file: {error}.") from error
     return _checked(main, data, str(path))
 
 
@@ -51,7 +51,7 @@ def _checked(group: click.Group, data: dict[str, Any], where: str) -> dict[str, 
     for name, table in data.items():
         command = group.commands.get(name)
         if command is not None and not isinstance(table, dict):
-            raise click.UsageError(f"{where}: {name!r} has to be a table, [{name}].")
+            raise click.UsageError(f"{where}: {name!r} must be a table, [{name}].")
         if command is None:
             raise click.UsageError(_unknown(name, list(group.commands), f"{where}: command"))
         if isinstance(command, click.Group):
@@ -86,9 +86,9 @@ def _value(parameter: click.Option, value: Any, where: str) -> Any:
 
 def _one(value: Any, where: str) -> str:
     if isinstance(value, (dict, list)):
-        raise click.UsageError(f"{where} has to be one value.")
+        raise click.UsageError(f"{where} must be one value.")
     if isinstance(value, bool):
-        raise click.UsageError(f"{where} is no switch: it cannot be {str(value).lower()}.")
+        raise click.UsageError(f"{where} is not a switch: it cannot be {str(value).lower()}.")
     return str(value)
 
 

@@ -17,14 +17,18 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
 from khala_mlx.cli import keyboard as keys
 from khala_mlx.errors import KhalaError, KhalaWarning
 from khala_mlx.storage.atomic import discard_unfinished
-from khala_mlx.text import shown
+from khala_mlx.text import clock_time, shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -39,7 +43,7 @@ _hints: list[str] = []
 
 
 def when_stopped(hint: str) -> None:
-    """Let Ctrl-C say how to go on from now on; nothing where all is written."""
+    """Let Ctrl-C say how to continue from now on; nothing where all is written."""
     _hints[:] = [hint] if hint else []
 
 
@@ -88,6 +92,7 @@ def command(work: Callable[P, R]) -> Callable[P, R]:
             except BaseException as error:
                 failure.append(error)
             finally:
+                _stop_bar()
                 _close_streams()
                 # Not Thread.join: a Ctrl-C inside it makes Python take the thread for ended.
                 done.set()
@@ -103,6 +108,7 @@ def command(work: Callable[P, R]) -> Callable[P, R]:
                     _wait_for(done)
             except KeyboardInterrupt:
                 discard_unfinished()
+                _stop_bar()
                 keys.restore()
                 hint = f" {_hints[-1]}" if _hints else ""
                 click.echo(f"\nStopped; nothing half-written was left behind.{hint}", err=True)
@@ -116,17 +122,17 @@ def command(work: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-# The innermost says whether the work goes on in spite of Ctrl-C.
+# The innermost says whether the work continues in spite of Ctrl-C.
 _interrupts: list[Callable[[], bool]] = []
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which nobody may answer with going on."""
+    """SIGTERM, which nobody may answer with continuing."""
 
 
 @contextmanager
 def on_interrupt(answer: Callable[[], bool]) -> Iterator[None]:
-    """Let `answer` say, when Ctrl-C is pressed, whether the work goes on."""
+    """Let `answer` say, when Ctrl-C is pressed, whether the work continues."""
     _interrupts.append(answer)
     try:
         yield
@@ -182,33 +188,46 @@ def _fail(error: BaseException) -> None:
     sys.exit(1)
 
 
+@functools.cache
+def _console(*, stderr: bool) -> Console:
+    """Return what draws on a stream; nothing that it prints is read as markup or wrapped."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def _say(label: str, style: str, message: str) -> None:
+    from rich.text import Text
+
+    _console(stderr=True).print(Text.assemble((f"{label}: ", style), message))
+
+
 def _complain(message: str) -> None:
-    # One line, whatever a file's name holds.
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    # One line, whatever a file's name contains.
+    _say("Error", "bold red", " ".join(message.split()))
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, KhalaWarning):
-        click.echo(f"Warning: {message}", err=True)
+        _say("Warning", "yellow", str(message))
 
 
 def _can_draw() -> bool:
-    """Whether a line of standard error can be drawn over."""
+    """Return whether a line of standard error can be drawn over."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class Progress:
-    """Shows (stage, done, total): a bar on a terminal, else plain lines, with the time left.
+    """Shows (stage, done, total): a bar on a terminal, plain lines elsewhere, with the time left.
 
-    Where something else knows better, it says the seconds left of the stage and of all stages,
-    which are called `whole`.
+    The caller may know the seconds left of the stage and of all stages; the name of the latter is
+    `whole`.
     """
 
     # A plain log gets a line for each tenth of a stage.
     _TENTHS = 10
 
     def __init__(self, whole: str = "song") -> None:
-        self._bar = _can_draw()
         self._stage, self._whole = "", whole
         self._began, self._first = 0.0, 0
         self._tenths = -1
@@ -219,8 +238,9 @@ class Progress:
         if stage != self._stage:
             self._stage, self._began, self._tenths = stage, time.monotonic(), -1
             self._first = done
+            _stop_bar()
         timing = self._timing(done, total, left)
-        if self._bar:
+        if _can_draw():
             self._draw(done, total, timing)
         elif (tenths := done * self._TENTHS // max(total, 1)) != self._tenths:
             self._tenths = tenths
@@ -230,26 +250,52 @@ class Progress:
             click.echo(f"{shown}, {timing}" if timing else shown, err=True)
 
     def _timing(self, done: int, total: int, left: tuple[float, float] | None) -> str:
-        """Time taken, or an estimate of what is left."""
+        """Return the time taken, or an estimate of the time left."""
         elapsed = time.monotonic() - self._began
         if done >= total:
-            return f"{_minutes(elapsed)} taken"
+            return f"{clock_time(elapsed)} taken"
         if left is not None:
-            stage, whole = map(_minutes, left)
+            stage, whole = map(clock_time, left)
             return f"{stage} left" if left[0] == left[1] else f"{stage} left, {self._whole} {whole}"
-        # What was there before this process began says nothing of its pace.
+        # Steps of an earlier process say nothing of this one's rate.
         new = done - self._first
-        return f"{_minutes(elapsed / new * (total - done))} left" if new > 0 else ""
+        return f"{clock_time(elapsed / new * (total - done))} left" if new > 0 else ""
 
     def _draw(self, done: int, total: int, timing: str) -> None:
-        width = 24
-        filled = width * done // max(total, 1)
-        bar = "█" * filled + "░" * (width - filled)
-        # A pseudo-terminal without a size says 0.
-        columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-        line = f"{self._stage:<8} {bar} {100 * done // max(total, 1):3d} %  {timing:<12}"
-        # \x1b[K clears what a longer line left; a line wider than the window would scroll.
-        click.echo("\r" + line[: max(1, columns - 1)] + "\x1b[K", nl=done >= total, err=True)
+        if not _bars:
+            _bars.append(_new_bar(self._stage, total))
+        bar = _bars[-1]
+        bar.update(bar.task_ids[0], completed=done, total=max(total, 1), timing=timing)
+        bar.refresh()
+        if done >= total:
+            _stop_bar()
+
+
+# The bar that is drawn now, if any.
+_bars: list[Bar] = []
+
+
+def _new_bar(stage: str, total: int) -> Bar:
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        TextColumn("{task.description:<8}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[timing]}"),
+        console=_console(stderr=True),
+        auto_refresh=False,
+    )
+    bar.add_task(stage, total=max(total, 1), timing="")
+    bar.start()
+    return bar
+
+
+def _stop_bar() -> None:
+    """End the line of a bar, and show the cursor again."""
+    while _bars:
+        _bars.pop().stop()
 
 
 class Line:
@@ -259,24 +305,21 @@ class Line:
         self._shown = _can_draw()
 
     def draw(self, text: str) -> None:
-        """Show what is passing."""
+        """Show text that the next one replaces."""
         if self._shown:
             self._write(text)
 
     def say(self, text: str) -> None:
-        """Show what stays."""
+        """Show text that stays."""
         text = " ".join(text.split())
         if self._shown:
             self._write("")
         click.echo(text, err=True)
 
     def _write(self, text: str) -> None:
-        columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-        click.echo("\r" + text[: max(1, columns - 1)] + "\x1b[K", nl=False, err=True)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+        # A line wider than the window would scroll; \x1b[K clears what a longer line left.
+        width = _console(stderr=True).width
+        click.echo("\r" + text[: max(1, width - 1)] + "\x1b[K", nl=False, err=True)
 
 
 def report(data: dict[str, Any], as_json: bool) -> None:
@@ -309,13 +352,19 @@ def _harmless(text: str) -> str:
 
 def report_table(rows: list[dict[str, Any]]) -> None:
     """Print rows that have the same names as a table, numbers to the right."""
-    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(rows[0]))]
-    right = [isinstance(value, (int, float)) for value in rows[0].values()]
-    for line in lines:
-        cells = (
-            cell.rjust(width) if at_right else cell.ljust(width)
-            for cell, width, at_right in zip(line, widths, right, strict=True)
-        )
-        click.echo("  ".join(cells).rstrip())
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, value in rows[0].items():
+        justify: Any = "right" if isinstance(value, (int, float)) else "left"
+        table.add_column(Text(name), justify=justify, no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(_harmless(str(value))) for value in row.values()))
+    console = _console(stderr=False)
+    # A table that is wider than the window is better wrapped by the terminal than cut.
+    width = max(console.width, console.measure(table).maximum)
+    with console.capture() as captured:
+        console.print(table, width=width)
+    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
     sys.stdout.flush()

@@ -16,7 +16,7 @@ from khala_mlx import token_ids as tokens
 from khala_mlx.config import BackboneConfig, TokenLayout
 from khala_mlx.errors import KhalaError, KhalaWarning, NoSongError
 from khala_mlx.model.cache import check_kv_bits, keep_rows, make_cache, spread
-from khala_mlx.model.sampling import check_sampling, sample, uniform_draws, usable
+from khala_mlx.model.sampling import DEFAULT_SAMPLING, Sampling, sample, uniform_draws, usable
 from khala_mlx.model.transformer import Transformer, like_input, projector
 
 Progress = Callable[[int, int], None]
@@ -51,39 +51,31 @@ class Backbone(Transformer):
         """Whole frames that fit the trained window behind a prompt."""
         return max(0, self.config.context - prompt_length) // self.layout.num_coarse
 
-    def generate(self, ids: np.ndarray, *, key: mx.array, **sampling: Any) -> np.ndarray:
-        """`generate_many` for one key: token ids [n]."""
-        return self.generate_many(ids, keys=[key], **sampling)[0]
-
     def generate_many(
         self,
         ids: np.ndarray,
+        sampling: Sampling = DEFAULT_SAMPLING,
         *,
         keys: Sequence[mx.array],
         max_tokens: int,
         min_tokens: int = 0,
-        temperature: float = 1.0,
-        top_k: int = 50,
-        reachable_only: bool = True,
-        kv_bits: int | None = None,
         on_progress: Progress | None = None,
     ) -> list[np.ndarray]:
         """Sample up to `max_tokens` audio tokens behind the prompt `ids` [P], once for each key.
 
-        All rows share one pass over the prompt and every weight read after it; what a key gives
-        does not depend on the others. The end of the song stops a row and is not returned; it
-        cannot be drawn before `min_tokens`. `reachable_only` projects and samples only what can
-        follow: the window of the layer whose turn it is, and the end of the song. Without it the
-        whole vocabulary is sampled, as upstream does, and any id can come back. `kv_bits` 8 or 4
-        packs the key-value cache to about a half or a quarter of 16 bits, and changes the song.
+        All rows share one pass over the prompt and every weight read after it; the result of a key
+        does not depend on the other keys. The end of the song stops a row and is not returned; it
+        cannot be drawn before `min_tokens`. With `reachable_only` only the tokens that can follow
+        are projected and sampled: the window of the codebook whose turn it is, and the end of the
+        song. Without it any id of the vocabulary can come back.
 
         Returns:
             Token ids [n] for each key, n <= max_tokens.
         """
-        top_k, temperature = check_sampling(top_k, temperature)
-        check_kv_bits(kv_bits, self.config.head_dim)
+        check_kv_bits(sampling.kv_bits, self.config.head_dim)
+        top_k, temperature = sampling.top_k, sampling.temperature
         prompt = self.checked_ids(np.asarray(ids)[None], 2, "[1, P]")
-        choices = self.choices(reachable_only)
+        choices = self.choices(sampling.reachable_only)
         draws = mx.stack([uniform_draws(key, self.config.context) for key in keys], axis=1)
         rows = _Rows(len(keys), self.layout.end_of_song)
 
@@ -96,7 +88,7 @@ class Backbone(Transformer):
             chosen = sample(logits, draws[index, rows.alive], top_k=top_k, temperature=temperature)
             return mx.where(fine, candidates[chosen], -1)
 
-        hidden, cache = self._read_prompt(prompt, len(keys), max_tokens, kv_bits)
+        hidden, cache = self._prefill(prompt, len(keys), max_tokens, sampling.kv_bits)
         token = pick(hidden, 0)
         for index in range(max_tokens):
             mx.async_eval(token)
@@ -120,10 +112,10 @@ class Backbone(Transformer):
                 mx.clear_cache()
         return rows.written()
 
-    def _read_prompt(
+    def _prefill(
         self, prompt: mx.array, rows: int, max_tokens: int, kv_bits: int | None
     ) -> tuple[mx.array, list[Any]]:
-        """Hidden state [rows, 1, H] behind the prompt [1, P], and caches that have read it."""
+        """Return the hidden state [rows, 1, H] behind the prompt [1, P], and the filled caches."""
         layers, length = len(self.layers), prompt.shape[1]
         read = make_cache(layers, length)
         embedded = self.embed(prompt).astype(self.dtype)
@@ -135,32 +127,25 @@ class Backbone(Transformer):
         spread(read, cache, rows)
         return mx.repeat(hidden, rows, axis=0), cache
 
-    def compose(self, ids: np.ndarray, *, key: mx.array, **sampling: Any) -> np.ndarray:
-        """`compose_many` for one key: coarse codes [num_coarse, T]."""
-        return self.compose_many(ids, keys=[key], **sampling)[0]
-
     def compose_many(
         self,
         ids: np.ndarray,
+        sampling: Sampling = DEFAULT_SAMPLING,
         *,
         keys: Sequence[mx.array],
         max_frames: int,
         min_frames: int = 0,
-        temperature: float = 1.0,
-        top_k: int = 50,
-        reachable_only: bool = True,
-        kv_bits: int | None = None,
         on_progress: Progress | None = None,
     ) -> list[np.ndarray]:
-        """Coarse codes [num_coarse, T] of a song for each key, of at most `max_frames` frames.
+        """Return coarse codes [num_coarse, T] for each key, at most `max_frames` frames each.
 
-        See `generate_many`. Where only some songs fail, theirs are [num_coarse, 0] and a
-        KhalaWarning tells why.
+        See `generate_many`. If only some songs fail, theirs are [num_coarse, 0], with a
+        KhalaWarning.
 
         Raises:
-            KhalaError: before any work, if frames or prompt do not fit the trained window; after
-                it, if every song failed: the model ended it before the first frame, or (only with
-                `reachable_only=False`) wrote a token outside its window.
+            KhalaError: before any work if frames or prompt do not fit the trained window. After it
+                if every song failed: the model ended it before the first frame, or (only without
+                `reachable_only`) wrote a token outside its window.
         """
         self._check_frames(len(ids), max_frames, min_frames)
         layers = self.layout.num_coarse
@@ -171,13 +156,10 @@ class Backbone(Transformer):
 
         written = self.generate_many(
             ids,
+            sampling,
             keys=keys,
             max_tokens=max_frames * layers,
             min_tokens=min_frames * layers,
-            temperature=temperature,
-            top_k=top_k,
-            reachable_only=reachable_only,
-            kv_bits=kv_bits,
             on_progress=report,
         )
         songs, failures = [], {}
@@ -194,11 +176,11 @@ class Backbone(Transformer):
             warnings.warn(f"Song {number}: {why}", KhalaWarning, stacklevel=2)
         return songs
 
-    def surprise(self, ids: np.ndarray, coarse: np.ndarray) -> np.ndarray:
-        """Nats [num_coarse * T] of the tokens of coarse codes [num_coarse, T] behind a prompt [P].
+    def nats_per_token(self, ids: np.ndarray, coarse: np.ndarray) -> np.ndarray:
+        """Return the nats [num_coarse * T] of coarse codes [num_coarse, T] behind a prompt [P].
 
-        Each among those that can follow, at temperature 1 and without top_k: what the model would
-        have expected, not what it was made to choose from. One pass over the whole song.
+        They are those of the tokens that can follow, at temperature 1 and without top_k. One pass
+        over the whole song.
         """
         written = tokens.interleave(self.layout, coarse)
         rows = np.concatenate([np.asarray(ids), written])[None, :-1]
@@ -218,8 +200,8 @@ class Backbone(Transformer):
     def _frames_of(self, written: np.ndarray) -> np.ndarray:
         if len(written) < self.layout.num_coarse:
             raise KhalaError(
-                "The model ended the song before its first frame: try another seed, or ask for a "
-                "least length."
+                "The model ended the song before its first frame. Try another seed, or set a "
+                "minimum length."
             )
         return tokens.deinterleave(self.layout, written)
 
@@ -254,14 +236,14 @@ class Backbone(Transformer):
 
 
 def check_whole(**values: Any) -> None:
-    """Refuse values that are no whole numbers, by their names."""
+    """Raise KhalaError for values that are not whole numbers, named by their arguments."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise KhalaError(f"{name} has to be a whole number, got {value!r}.")
+            raise KhalaError(f"{name} must be a whole number, got {value!r}.")
 
 
 class _Rows:
-    """The songs of a batch: what each has written, and which go on."""
+    """The songs of a batch: what each has written, and which continue."""
 
     def __init__(self, count: int, end_of_song: int) -> None:
         self._songs: list[list[int]] = [[] for _ in range(count)]
@@ -271,11 +253,11 @@ class _Rows:
         self.alive = mx.arange(count)
 
     def add(self, token: mx.array) -> None:
-        """A token [B] for each row that goes on; not read yet."""
+        """A token [B] for each row that continues; not read yet."""
         self._unread.append(token)
 
     def read(self) -> mx.array | None:
-        """Read what was added; which rows of the batch go on, or None if all songs have ended."""
+        """Read what was added; return the rows that continue, or None if all songs have ended."""
         block = np.stack([np.array(token) for token in self._unread], axis=1)
         self._unread.clear()
         if block.min() < 0:

@@ -1,6 +1,6 @@
 """Key-value caches of the backbone, and the one seam to mlx_lm.models.
 
-Keys and values are [B, G, S, D]; packed ones are mlx-lm's triples of codes, scales and biases.
+Keys and values are [B, G, S, D]; quantized ones are mlx-lm's triples of codes, scales and biases.
 """
 
 from __future__ import annotations
@@ -15,24 +15,22 @@ from mlx.utils import tree_map
 from khala_mlx.errors import KhalaError
 from khala_mlx.text import shown
 
-# What mx.quantize packs a cache to; fewer bits than 4 are not heard of for keys.
+# What mx.quantize quantizes a cache to; fewer bits than 4 are not heard of for keys.
 KV_BITS = (4, 8)
-# On the GPU products with packed values are only whole for heads of a multiple of this: the last
+# On the GPU products with quantized values are only whole for heads of a multiple of this: the last
 # columns of others are not written once 1024 tokens are cached (ml-explore/mlx#4250).
 _WHOLE_COLUMNS = 64
 
 
 def check_kv_bits(kv_bits: int | None, head_dim: int) -> None:
-    """Refuse a packing of the cache that mlx-lm has no form for."""
+    """Refuse a quantization of the cache that mlx-lm has no form for."""
     if kv_bits is None:
         return
     if kv_bits not in KV_BITS:
-        raise KhalaError(
-            f"kv_bits has to be {' or '.join(map(str, KV_BITS))}, got {shown(kv_bits)}."
-        )
+        raise KhalaError(f"kv_bits must be {' or '.join(map(str, KV_BITS))}, got {shown(kv_bits)}.")
     if head_dim % 32:
         raise KhalaError(
-            f"A packed cache needs heads of 32 dimensions or a multiple, this model's have "
+            f"A quantized cache needs heads of 32 dimensions or a multiple, this model's have "
             f"{head_dim}: leave kv_bits out."
         )
 
@@ -42,7 +40,7 @@ def make_cache(
 ) -> list[Any]:
     """mlx-lm key-value caches that allocate room for `capacity` tokens once.
 
-    With `kv_bits` keys and values are packed, in groups of 64 or, for narrower heads, 32.
+    With `kv_bits` keys and values are quantized, in groups of 64 or, for narrower heads, 32.
     """
     with file_limit_kept():
         from mlx_lm.models.cache import KVCache, QuantizedKVCache
@@ -79,7 +77,7 @@ def keep_rows(caches: list[Any], rows: mx.array) -> None:
 
 
 def attend_packed(q: mx.array, k: Any, v: Any, cache: Any, *, scale: float) -> mx.array:
-    """Attention of one query [B, N, 1, D] a row over the packed keys and values of `cache`."""
+    """Attention of one query [B, N, 1, D] a row over the quantized keys and values of `cache`."""
     if q.shape[3] % _WHOLE_COLUMNS and mx.default_device() != mx.cpu:
         known = [
             mx.dequantize(w, scales, biases, group_size=cache.group_size, bits=cache.bits)
@@ -100,7 +98,7 @@ def file_limit_kept() -> Iterator[None]:
     import resource
 
     setrlimit = resource.setrlimit
-    # A lowered hard limit cannot be raised again, so the call itself has to be kept from acting.
+    # A lowered hard limit cannot be raised again, so the call itself must be kept from acting.
     resource.setrlimit = lambda *_: None
     try:
         yield

@@ -77,7 +77,7 @@ class Upsample(nn.Module):
         self.stride = stride
 
     def __call__(self, x: mx.array) -> mx.array:
-        # Packed anew each time: it costs a copy of the weight per block, and it can neither be
+        # Packed again each time: it costs a copy of the weight per block, and it can neither be
         # out of date nor hide the weight from a gradient.
         packed = ops.pack_transposed(self.weight, self.stride)
         return ops.conv_transpose1d(x, packed, self.bias, stride=self.stride)
@@ -208,8 +208,8 @@ class Codec(nn.Module):
 
         Raises:
             AudioError: if the samples have another shape or type, are none, or are not finite.
-            KhalaError: if chunk_frames is no whole number above 0, or the device returns no usable
-                latents.
+            KhalaError: if chunk_frames is not a whole number above 0, or the device returns no
+                usable latents.
         """
         config = self.config
         waveform = _checked_waveform(waveform, config.channels)
@@ -240,7 +240,8 @@ class Codec(nn.Module):
 
         Raises:
             KhalaError: if the codes have another shape or type, are none, or name no row; if
-                chunk_frames is no whole number above 0; if the device returns no usable samples.
+                chunk_frames is not a whole number above 0; or if the device returns no usable
+                samples.
         """
         codes = self._checked(codes)
         blocks = self.decode_stream(codes, chunk_frames=chunk_frames)
@@ -260,25 +261,6 @@ class Codec(nn.Module):
     ) -> Iterator[np.ndarray]:
         """`decode` block by block, so that a song can be heard while its rest is rendered."""
         return self._decode_blocks(self._checked(codes), _chunk(chunk_frames, self.decode_bytes))
-
-    def decode_crossfade(
-        self, codes: np.ndarray, *, chunk_frames: int = 1920, overlap_frames: int = 480
-    ) -> np.ndarray:
-        """Samples as upstream's worker makes them: chunks without neighbours, cross-faded.
-
-        Only for comparisons with upstream. Without an overlap upstream keeps the last chunk
-        alone, and so does this.
-        """
-        codes = self._checked(codes)
-        if not 0 <= overlap_frames < chunk_frames:
-            raise KhalaError(
-                f"overlap_frames has to lie in 0..{chunk_frames - 1}, got {overlap_frames}."
-            )
-        samples = np.empty((0, self.config.channels), dtype=np.float32)
-        for first in range(0, codes.shape[1], chunk_frames - overlap_frames):
-            chunk = self.decode(codes[:, first : first + chunk_frames])
-            samples = _crossfade(samples, chunk, overlap_frames * self.config.hop)
-        return samples
 
     def decode_bytes(self, chunk_frames: int) -> int:
         """About the bytes that `decode` needs beside the parameters and its result."""
@@ -348,7 +330,7 @@ def _chunk(asked: int | None, needs: Callable[[int], int]) -> int:
     if asked is None:
         return _fitting(needs, _DEFAULT_BYTES)
     if isinstance(asked, bool) or not isinstance(asked, (int, np.integer)) or asked < 1:
-        raise KhalaError(f"chunk_frames has to be a whole number above 0, got {asked!r}.")
+        raise KhalaError(f"chunk_frames must be a whole number above 0, got {asked!r}.")
     return min(int(asked), _fitting(needs, _MOST_BYTES))
 
 
@@ -368,16 +350,6 @@ def _decoder_widths(config: CodecConfig) -> list[int]:
     return [config.decoder_dim * 2**i for i in range(len(config.decoder_rates), -1, -1)]
 
 
-def _crossfade(samples: np.ndarray, chunk: np.ndarray, overlap: int) -> np.ndarray:
-    # Upstream's fade: linear, both ends of the ramp included, never longer than the chunk.
-    if overlap == 0 or len(samples) == 0:
-        return chunk
-    overlap = min(overlap, len(chunk))
-    ramp = np.linspace(1, 0, overlap, dtype=np.float32)[:, None]
-    mixed = samples[-overlap:] * ramp + chunk[:overlap] * (1 - ramp)
-    return np.concatenate([samples[:-overlap], mixed, chunk[overlap:]])
-
-
 def _report(on_progress: Progress | None, done: int, total: int) -> None:
     if on_progress is not None:
         on_progress(done, total)
@@ -387,13 +359,13 @@ def _checked_waveform(given: np.ndarray, channels: int) -> np.ndarray:
     waveform = tokens.plain_array(given, "A waveform has")
     if waveform.ndim != 2 or waveform.shape[1] != channels:
         shape = list(waveform.shape)
-        raise AudioError(f"A waveform has to be an array of shape [L, {channels}], got {shape}.")
+        raise AudioError(f"A waveform must be an array of shape [L, {channels}], got {shape}.")
     if waveform.dtype.kind != "f":
-        raise AudioError(f"A waveform has to be floats from -1 to 1, got {waveform.dtype}.")
+        raise AudioError(f"A waveform must be floats from -1 to 1, got {waveform.dtype}.")
     if len(waveform) == 0:
-        raise AudioError("A waveform has to hold at least one sample.")
+        raise AudioError("A waveform must hold at least one sample.")
     with np.errstate(over="ignore"):
         waveform = waveform.astype(np.float32, copy=False)
     if not np.isfinite(waveform).all():
-        raise AudioError("A waveform has to be finite, this one holds NaN or infinity.")
+        raise AudioError("A waveform must be finite, this one holds NaN or infinity.")
     return waveform

@@ -43,10 +43,10 @@ class Adapters:
         """Take these instead of what was chosen before; if one does not fit, nothing changes.
 
         Raises:
-            AdapterError: if an adapter cannot be read or does not fit, or a scale is no number.
+            AdapterError: if an adapter cannot be read or does not fit, or a scale is not a number.
         """
         if isinstance(adapters, (str, Path, Adapter)):
-            raise AdapterError("Adapters have to be a list, be it of one.")
+            raise AdapterError("Adapters must be a list, be it of one.")
         loaded = [a if isinstance(a, Adapter) else Adapter.load(Path(a)) for a in adapters]
         chosen = list(zip(loaded, _strengths(scales, len(loaded)), strict=True))
         for adapter, strength in chosen:
@@ -78,8 +78,8 @@ class Adapters:
             any(extent.dora for extent in each),
         )
 
-    def told(self) -> list[dict[str, Any]]:
-        """What a song's sidecar says of them."""
+    def summary(self) -> list[dict[str, Any]]:
+        """Return name, sha256 and scale of each adapter, for the record of a song."""
         return [
             {"name": adapter.name, "sha256": adapter.sha256, "scale": strength}
             for adapter, strength in self.chosen
@@ -90,13 +90,13 @@ def _strengths(scales: Sequence[float] | None, count: int) -> list[float]:
     if scales is None:
         return [1.0] * count
     if not isinstance(scales, Sized):
-        raise AdapterError("Scales have to be a list, one for each adapter.")
+        raise AdapterError("Scales must be a list, one for each adapter.")
     if len(scales) != count:
         raise AdapterError(f"There are {count} adapters, but {len(scales)} scales.")
     for scale in scales:
         number = isinstance(scale, (int, float, np.number)) and not isinstance(scale, bool)
         if not number or not math.isfinite(scale):
-            raise AdapterError(f"An adapter's scale has to be a number, got {scale!r}.")
+            raise AdapterError(f"An adapter's scale must be a number, got {scale!r}.")
     return [float(scale) for scale in scales]
 
 
@@ -119,7 +119,7 @@ class Stretched(nn.Module):
 def put_on(model: Transformer, adapters: Sequence[tuple[Adapter, float]]) -> Layers:
     """Put adapters, each with its strength, on a model that has none.
 
-    They have to fit (see Adapter.check). Those of strength 0 touch nothing.
+    They must fit (see Adapter.check). Those of strength 0 touch nothing.
 
     Returns:
         The layers that were replaced, for `take_off`.
@@ -135,7 +135,7 @@ def put_on(model: Transformer, adapters: Sequence[tuple[Adapter, float]]) -> Lay
     for path, layer in replaced:
         adapted.append((path, _adapted(layer, shares[path])))
         # Made now: a mistake must not surface, nor memory be taken, within a song. And each by
-        # itself: DoRA needs its layer's matrix in float32 for a while, unpacked.
+        # itself: DoRA needs its layer's matrix in float32 for a while, dequantized.
         mx.eval(adapted[-1][1].parameters())
     _replace(model, adapted)
     return replaced
@@ -147,7 +147,7 @@ def take_off(model: Transformer, replaced: Layers) -> None:
 
 
 def matrix(linear: nn.Module) -> mx.array:
-    """The weights [out, in] of a linear layer, unpacked if they are packed."""
+    """The weights [out, in] of a linear layer, dequantized if they are quantized."""
     if not isinstance(linear, nn.QuantizedLinear):
         return linear.weight
     return mx.dequantize(

@@ -137,7 +137,7 @@ def _fold_stride(
     x: mx.array, weight: mx.array, stride: int, padding: int
 ) -> tuple[mx.array, mx.array]:
     # `stride` rows become one wide row: a strided conv is a dense one over those, and neither it
-    # nor its gradient has to unfold anything.
+    # nor its gradient must unfold anything.
     batch, length, width = x.shape
     out, kernel, _ = weight.shape
     taps = -(-kernel // stride)

@@ -22,7 +22,7 @@ UNITS_HALO = (KERNEL // 2 * sum(DILATIONS),) * 2
 
 @dataclass(frozen=True)
 class Window:
-    """Rows first..last are wanted; rows start..stop have to be there to make them."""
+    """Rows first..last are wanted; rows start..stop must be there to make them."""
 
     first: int
     last: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -17,24 +18,81 @@ _LARGEST_DRAW = 1 - 2.0**-23
 _HOTTEST = sys.float_info.max
 
 
-def check_sampling(top_k: int, temperature: float = 1.0) -> tuple[int, float]:
-    """Refuse values no rule below is defined for; the others, NumPy's too, as Python's numbers."""
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the backbone draws its tokens.
+
+    Attributes:
+        temperature: above 0; below 1 likely tokens become likelier.
+        top_k: sample from the k most likely tokens; 1 is greedy.
+        reachable_only: sample from the tokens that can follow; otherwise from the whole
+            vocabulary, as upstream does.
+        kv_bits: 8 or 4 quantizes the key-value cache, which changes the song.
+
+    Raises:
+        KhalaError: if temperature or top_k is out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 50
+    reachable_only: bool = True
+    kv_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "top_k", _checked_top_k(self.top_k))
+        object.__setattr__(self, "temperature", _checked_temperature(self.temperature))
+
+
+@dataclass(frozen=True)
+class Detail:
+    """How superres chooses its codes.
+
+    Attributes:
+        top_k: sample from the k most likely codes; 1 is greedy.
+        expected: choose codes by expectation instead of drawing them; see Expected.
+
+    Raises:
+        KhalaError: if top_k is out of range.
+    """
+
+    top_k: int = 10
+    expected: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "top_k", _checked_top_k(self.top_k))
+
+
+def _checked_top_k(top_k: int) -> int:
+    """Return top_k, also one of NumPy's, as an int."""
     if not _is_whole(top_k) or top_k < 1:
-        raise KhalaError(f"top_k has to be a whole number from 1 (greedy) up, got {shown(top_k)}.")
+        raise KhalaError(f"top_k must be a whole number, at least 1 (greedy), got {shown(top_k)}.")
+    return int(top_k)
+
+
+def _checked_temperature(temperature: float) -> float:
+    """Return a temperature, also one of NumPy's, as a float."""
     number = _is_whole(temperature) or isinstance(temperature, (float, np.floating))
     # NumPy compares in its own, smaller type.
     plain = temperature.item() if isinstance(temperature, np.generic) else temperature
     if not number or not 0 < plain <= _HOTTEST:
         raise KhalaError(
-            f"temperature has to be above 0, got {shown(temperature)}; top_k=1 is greedy decoding."
+            f"temperature must be above 0, got {shown(temperature)}. Use top_k=1 to be greedy."
         )
-    return int(top_k), float(plain)
+    return float(plain)
+
+
+# The worker's published defaults.
+DEFAULT_SAMPLING, DEFAULT_DETAIL = Sampling(), Detail()
 
 
 def stage_key(seed: int, stage: int) -> mx.array:
-    """The key of one stage, so that a later stage can run again without the earlier ones."""
+    """Return the key of one stage, so that later stages can run again without earlier ones."""
     if not _is_whole(seed) or not 0 <= seed < 2**64:
-        raise KhalaError(f"seed has to be a whole number from 0 to 2**64 - 1, got {shown(seed)}.")
+        raise KhalaError(f"seed must be a whole number from 0 to 2**64 - 1, got {shown(seed)}.")
     return mx.random.split(mx.random.key(int(seed)), 2)[stage]
 
 
@@ -103,9 +161,5 @@ def sample_by_race(logits: mx.array, draws: mx.array, top_k: int) -> mx.array:
 
 def exponential(key: mx.array, shape: tuple[int, ...]) -> mx.array:
     """Draws from Exponential(1), never 0."""
-    # uniform is in [0, 1), so 1 - u is in (0, 1]; the floor guards the division above.
+    # uniform is in [0, 1), so 1 - u is in (0, 1]; the kernel baseline guards the division above.
     return mx.maximum(-mx.log(1.0 - mx.random.uniform(shape=shape, key=key)), 1e-20)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -1,6 +1,6 @@
-"""Super-resolution: a full-attention model that fills the fine layers, one layer a step.
+"""Super-resolution: a full-attention model that fills the fine codebooks, one per step.
 
-Every step sees the whole song. Works on codes and token ids; knows nothing of sound.
+Every step sees the whole song. The model works on codes and token ids, not on sound.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 from khala_mlx import token_ids as tokens
 from khala_mlx.config import SuperResConfig, TokenLayout
 from khala_mlx.errors import KhalaError, KhalaWarning
-from khala_mlx.model.expected import Expected
-from khala_mlx.model.sampling import check_sampling, exponential, sample_by_race, usable
+from khala_mlx.model.quantizer import nearest
+from khala_mlx.model.sampling import DEFAULT_DETAIL, Detail, exponential, sample_by_race, usable
 from khala_mlx.model.transformer import Transformer, like_input, projector
 
 Progress = Callable[[int, int], None]
@@ -27,6 +27,38 @@ Draws = Callable[[int], np.ndarray]
 _OVERLAP = 4
 # Frames without which a window and its overlap make no sense.
 _LEAST_ROOM = 2 * _OVERLAP
+
+
+class Expected:
+    """Chooses the codes of one song of T frames by expectation instead of by drawing.
+
+    Where superres cannot predict the detail, a drawn code has the right energy in the wrong place.
+    The mean over the prediction has the least square error in the latents. No code equals that
+    mean, but each codebook is finer than the one before: later ones fill what one leaves over.
+    Upstream has no such rule.
+
+    codebooks [K, N, D] are the codec's; `layer` is the next codebook to choose.
+    """
+
+    def __init__(self, codebooks: mx.array, frames: int, layer: int) -> None:
+        self.codebooks, self.layer = codebooks, layer
+        # What the codes chosen so far leave over of the means, [T, D].
+        self._left_over = mx.zeros((frames, codebooks.shape[-1]))
+
+    def choose(self, logits: mx.array, layer: int, first: int, known: int) -> mx.array:
+        """Return codes [R] of a codebook for frames first.. from logits [R, N].
+
+        The first `known` of them are not used, so nothing is left over on their account.
+        """
+        rows = self.codebooks[layer].astype(mx.float32)
+        mean = mx.softmax(logits.astype(mx.float32), axis=-1, precise=True) @ rows
+        last = first + logits.shape[0]
+        wanted = mean + self._left_over[first:last]
+        chosen = nearest(wanted, rows)
+        left = (wanted - rows[chosen])[known:]
+        parts = [self._left_over[: first + known], left, self._left_over[last:]]
+        self._left_over = mx.concatenate(parts)
+        return chosen
 
 
 class SuperRes(Transformer):
@@ -66,48 +98,48 @@ class SuperRes(Transformer):
         self,
         ids: np.ndarray,
         coarse: np.ndarray,
+        detail: Detail = DEFAULT_DETAIL,
         *,
-        top_k: int = 10,
         key: mx.array,
         refined: np.ndarray | None = None,
-        layers: int | None = None,
+        codebooks: int | None = None,
         kept: np.ndarray | None = None,
         draws: Draws | None = None,
         expected: Expected | None = None,
         on_progress: Progress | None = None,
     ) -> np.ndarray:
-        """Fill layers num_coarse..K-1 of `coarse` [num_coarse, T] -> codes [K, T].
+        """Fill codebooks num_coarse..K-1 of `coarse` [num_coarse, T] -> codes [K, T].
 
-        One full-attention pass a layer over the real rows, P prompt tokens and T frames; upstream
-        pads to 8192 rows and masks, with identical tokens.
+        One full-attention pass per codebook over the real rows, P prompt tokens and T frames.
+        Upstream pads to 8192 rows and masks, with identical tokens.
 
-        A song of more rows than the trained window is refined in windows that overlap, each with
-        the codes of the one before held fixed; training knows no such thing, and a KhalaWarning
-        says so.
+        A song of more rows than the trained window is refined in overlapping windows, each with
+        the codes of the one before held fixed. The model was not trained for that, and a
+        KhalaWarning says so.
 
         Args:
-            refined: codes [n, T] of the layers behind the coarse ones that are made already: the
-                work goes on with the next and gives what it would have given undisturbed.
-            layers: how many layers the result has; K by default.
-            kept: codes [k, T0] that the first T0 frames have in any case; the other frames see
-                them. Layers it lacks are filled as elsewhere.
-            draws: draws(layer) replaces the Exponential(1) draws [T, top_k] of a layer (parity
-                tests inject upstream's).
-            expected: chooses the codes instead; neither `top_k` nor `key` matters then.
+            refined: codes [n, T] of the codebooks behind the coarse ones that are made already.
+                The result is the same as that of an undisturbed run.
+            codebooks: how many codebooks the result has; K by default.
+            kept: codes [k, T0] that the first T0 frames keep; the other frames see them.
+                Codebooks beyond k are filled as elsewhere.
+            draws: draws(codebook) replaces the Exponential(1) draws [T, top_k] of a codebook
+                (parity tests inject upstream's).
+            expected: chooses the codes instead, where `detail.expected`; neither `detail.top_k`
+                nor `key` matters then.
 
         Raises:
             KhalaError: for codes or ids out of range, a prompt that leaves no room, or an
-                `expected` that has got to another layer.
+                `expected` that is at another codebook.
         """
-        top_k, _ = check_sampling(top_k)
         begun = tokens.check_begun(self.layout, coarse, refined)
-        layers = self._check_layers(layers, len(begun))
+        codebooks = self._check_codebooks(codebooks, len(begun))
         kept = self._check_kept(kept, begun)
-        frames, top_k = begun.shape[1], min(top_k, self.layout.codebook_size)
+        frames, top_k = begun.shape[1], min(detail.top_k, self.layout.codebook_size)
         windows = self._windows(len(ids), frames)
         if expected is not None and expected.layer != len(begun):
             raise KhalaError(
-                f"The expected codes go on with layer {expected.layer}, not with {len(begun)}."
+                f"The expected codes continue at codebook {expected.layer}, not at {len(begun)}."
             )
         if len(windows) > 1 and len(begun) == self.layout.num_coarse:
             _warn_windows(frames, windows)
@@ -123,10 +155,10 @@ class SuperRes(Transformer):
             rows = mx.array(drawn)[first : first + logits.shape[0]]
             return sample_by_race(logits, rows, top_k)
 
-        codes = np.zeros((layers, frames), dtype=np.int64)
-        codes[: len(kept), : kept.shape[1]] = kept[:layers]
+        codes = np.zeros((codebooks, frames), dtype=np.int64)
+        codes[: len(kept), : kept.shape[1]] = kept[:codebooks]
         codes[: len(begun)] = begun
-        steps = layers - len(begun)
+        steps = codebooks - len(begun)
 
         def report(done: int, before: int) -> None:
             if on_progress is not None:
@@ -134,7 +166,7 @@ class SuperRes(Transformer):
 
         for number, (first, fixed, last) in enumerate(windows):
             # How many frames of each layer are known beforehand.
-            known = np.full(layers, fixed)
+            known = np.full(codebooks, fixed)
             known[: len(kept)] = np.clip(kept.shape[1] - first, fixed, last - first)
             codes[:, first:last] = self._refine_window(
                 prompt,
@@ -145,7 +177,7 @@ class SuperRes(Transformer):
                 partial(report, before=number * steps),
             )
         if expected is not None:
-            expected.layer = layers
+            expected.layer = codebooks
         return codes
 
     def _refine_window(
@@ -194,14 +226,16 @@ class SuperRes(Transformer):
         """Codes [T] of one layer -> embeddings [1, T, H] in float32."""
         return self.embed(codes[None] + tokens.window(self.layout, layer)[0])
 
-    def _check_layers(self, layers: int | None, begun: int) -> int:
+    def _check_codebooks(self, codebooks: int | None, begun: int) -> int:
         most = self.layout.num_codebooks
-        if layers is None:
+        if codebooks is None:
             return most
-        whole = isinstance(layers, (int, np.integer)) and not isinstance(layers, bool)
-        if not whole or not begun <= layers <= most:
-            raise KhalaError(f"layers has to be a whole number {begun}..{most}, got {layers!r}.")
-        return int(layers)
+        whole = isinstance(codebooks, (int, np.integer)) and not isinstance(codebooks, bool)
+        if not whole or not begun <= codebooks <= most:
+            raise KhalaError(
+                f"codebooks must be a whole number from {begun} to {most}, got {codebooks!r}."
+            )
+        return int(codebooks)
 
     def _check_kept(self, kept: np.ndarray | None, codes: np.ndarray) -> np.ndarray:
         """Codes [k, T0] that stay; [0, 0] for none."""
@@ -220,7 +254,7 @@ class SuperRes(Transformer):
     def _windows(self, prompt_length: int, frames: int) -> list[tuple[int, int, int]]:
         """(first, fixed, last) of each window: frames first..last, the first `fixed` known."""
         if prompt_length < 1:
-            raise KhalaError("The superres prompt has to hold at least one token.")
+            raise KhalaError("The superres prompt must hold at least one token.")
         room = self.config.context - prompt_length
         if frames <= room:
             return [(0, 0, frames)]

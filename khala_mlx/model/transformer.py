@@ -218,12 +218,12 @@ class Transformer(nn.Module):
         array = tokens.plain_array(ids, "Token ids have")
         if array.ndim != ndim or array.dtype.kind not in "iu" or array.size == 0:
             raise KhalaError(
-                f"Token ids have to be integers of shape {axes}, got {array.dtype} of shape "
+                f"Token ids must be integers of shape {axes}, got {array.dtype} of shape "
                 f"{list(array.shape)}."
             )
         if array.min() < -1 or array.max() >= self.config.vocab_size:
             raise KhalaError(
-                f"Token ids have to lie in -1..{self.config.vocab_size - 1}, got "
+                f"Token ids must lie in -1..{self.config.vocab_size - 1}, got "
                 f"{array.min()}..{array.max()}."
             )
         return mx.array(array.astype(np.int32))

@@ -22,9 +22,9 @@ from khala_mlx.text import is_plain_name, listed, shown
 PARTS = ("backbone", "superres", "codec")
 Part = TypeVar("Part", bound=nn.Module)
 
-# MLX's CPU backend multiplies packed matrices slower than plain ones, in 16 bits 10 to 60 times:
-# there a part that takes at most this many bytes in float32 is unpacked. Whoever packs a larger
-# one lacks the memory.
+# MLX's CPU backend multiplies quantized matrices slower than plain ones, in 16 bits 10 to 60 times.
+# There a part that takes at most this many bytes in float32 is dequantized. Users who quantize a
+# larger one do not have the memory.
 CPU_UNPACKED_BYTES = 2**30
 
 # What `fingerprint` reads of each file; the first sample begins with the header.
@@ -47,7 +47,7 @@ def find_model(source: str | Path) -> Path:
     except RuntimeError as error:
         raise WeightsError(f"There is no model folder {source}, nor such a user.") from error
     except OSError as error:
-        raise WeightsError(f"{shown(source)} is no model folder: {error.strerror}.") from error
+        raise WeightsError(f"{shown(source)} is not a model folder: {error.strerror}.") from error
     if is_file:
         raise WeightsError(f"{path} is a file; a model is a folder made by `khala convert`.")
     downloaded = models_folder() / model_name(str(source))
@@ -67,8 +67,8 @@ def find_model(source: str | Path) -> Path:
         )
     if not (path / "config.json").is_file():
         raise WeightsError(
-            f"{source} is no model folder, it has no config.json; checkpoints are turned into one "
-            f"by `khala convert {source} DEST`."
+            f"{source} is not a model folder: it has no config.json. Convert checkpoints with "
+            f"`khala convert {source} DEST`."
         )
     return path
 
@@ -88,17 +88,17 @@ def part_files(folder: Path, part: str) -> list[Path]:
     if not index.exists():
         single = folder / f"{part}.safetensors"
         if not single.is_file():
-            raise WeightsError(f"{folder} lacks {single.name}; convert the model again.")
+            raise WeightsError(f"{folder} does not have {single.name}; convert the model again.")
         return [single]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         files = [folder / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{index} is no safetensors index.") from error
+        raise WeightsError(f"{index} is not a safetensors index.") from error
     if not files or any(Path(name).name != name for name in names):
         raise WeightsError(f"{index} names files outside its own folder.")
     if missing := [path.name for path in files if not path.is_file()]:
-        raise WeightsError(f"{folder} lacks {', '.join(missing)}; convert the model again.")
+        raise WeightsError(f"{folder} does not have {', '.join(missing)}; convert the model again.")
     return files
 
 
@@ -128,7 +128,7 @@ def read_tensors(files: list[Path]) -> dict[str, mx.array]:
         try:
             loaded = mx.load(str(path), format="safetensors")
         except (RuntimeError, ValueError) as error:
-            raise WeightsError(f"{path} is no whole safetensors file.") from error
+            raise WeightsError(f"{path} is not a complete safetensors file.") from error
         assert isinstance(loaded, dict)
         if doubled := sorted(set(tensors) & set(loaded)):
             raise WeightsError(f"{path} repeats tensors: {listed(doubled)}.")
@@ -141,14 +141,14 @@ def load_part(
 ) -> Part:
     """Fill `model` with the tensors of `part` in `folder` and evaluate them.
 
-    Layers that config.json lists as quantised are turned into their packed form first. With
-    `dtype` every float tensor is cast to it, scales of packed ones included. On the CPU backend
-    the layers of a part of at most CPU_UNPACKED_BYTES are then unpacked, to `dtype` too.
+    Layers that config.json lists as quantised are turned into their quantized form first. With
+    `dtype` every float tensor is cast to it, scales of quantized ones included. On the CPU backend
+    the layers of a part of at most CPU_UNPACKED_BYTES are then dequantized, to `dtype` too.
 
     Raises:
         WeightsError: listing every missing, unknown and misshapen tensor at once.
     """
-    # Known only before packing: packed tensors have other sizes.
+    # Known only before quantization: quantized tensors have other sizes.
     unpacked_bytes = sum(array.size * 4 for _, array in tree_flatten(model.parameters()))
     packed = pack_layers(model, part, config)
     fill_part(model, folder, part, dtype)
@@ -158,10 +158,10 @@ def load_part(
 
 
 def pack_layers(model: nn.Module, part: str, config: KhalaConfig) -> bool:
-    """Turn the layers that config.json lists for `part` into their packed form; were there any?
+    """Turn the layers that config.json lists for `part` into their quantized form; were there any?
 
     Raises:
-        WeightsError: if a layer cannot be packed as it says.
+        WeightsError: if a layer cannot be quantized as it says.
     """
     packed = {
         name.removeprefix(f"{part}."): how
@@ -203,7 +203,7 @@ def fill_part(model: Part, folder: Path, part: str, dtype: mx.Dtype | None = Non
 
 
 def _unpack(model: nn.Module, dtype: mx.Dtype | None) -> None:
-    """Replace packed layers by plain ones that hold the values they stand for."""
+    """Replace quantized layers by plain ones that hold the values they stand for."""
     layers = [
         (name, _plain(layer, dtype))
         for name, layer in model.named_modules()
@@ -215,7 +215,7 @@ def _unpack(model: nn.Module, dtype: mx.Dtype | None) -> None:
 
 
 def _plain(layer: nn.Module, dtype: mx.Dtype | None) -> nn.Module:
-    """The nn.Linear or nn.Embedding of a packed layer."""
+    """The nn.Linear or nn.Embedding of a quantized layer."""
     weight = mx.dequantize(
         layer.weight,
         layer.scales,

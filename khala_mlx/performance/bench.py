@@ -1,5 +1,4 @@
-"""Measures each stage against its floor: in one process, in turns, so that ratios hold on a machine
-that is busy with something else."""
+"""Measures each stage and its kernel baseline alternately, so that ratios hold under load."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -40,7 +39,7 @@ _PROMPT = 32
 _SHORT_BLOCK = 64
 # A ratio that grew by more than this share is a regression.
 WORSE = 0.25
-# In which reports have to agree, or their ratios are of different things.
+# In which reports must agree, or their ratios are of different things.
 SETTINGS = (
     "machine.name",
     "machine.device",
@@ -66,7 +65,7 @@ class Sizes:
 
 @dataclass
 class Turns:
-    """Progress of a stage that runs the floor after each step of ours, and times both."""
+    """Progress of a stage that runs the kernel baseline after each step of ours, and times both."""
 
     floor: Kernel
     each: int = 1
@@ -93,7 +92,7 @@ class Turns:
 
     @property
     def ratio(self) -> float:
-        """Ours divided by the floor beside it, the median of all turns."""
+        """Ours divided by the kernel baseline beside it, the median of all turns."""
         pairs = zip(self.ours, self.bare, strict=True)
         return statistics.median(ours / bare for ours, bare in pairs)
 
@@ -160,7 +159,7 @@ def bench_refine(
             model.refine(
                 np.arange(prompt) % layout.audio_start,
                 np.zeros((layout.num_coarse, frames), dtype=np.int64),
-                layers=layout.num_coarse + steps,
+                codebooks=layout.num_coarse + steps,
                 key=mx.random.key(0),
                 on_progress=turns,
             )
@@ -231,18 +230,18 @@ def random_config(layers: int, width: int) -> KhalaConfig:
 
 
 def compared(now: dict[str, Any], old: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Old, new and change of every ratio to the floor; see `WORSE`.
+    """Old, new and change of every ratio to the kernel baseline; see `WORSE`.
 
     Raises:
-        KhalaError: if `old` is no report of `khala bench --json`.
+        KhalaError: if `old` is not a report of `khala bench --json`.
     """
     try:
         pairs = {name: (float(_at(old, name)), float(_at(now, name))) for name in RATIOS}
         if not all(0 < before < math.inf for before, _ in pairs.values()):
-            raise ValueError("a ratio is no positive number")
+            raise ValueError("a ratio is not a positive number")
     except (KeyError, TypeError, ValueError) as error:
         raise KhalaError(
-            "The file to compare with is no report of `khala bench --json`."
+            "The file to compare with is not a report of `khala bench --json`."
         ) from error
     return {
         name: {"old": before, "new": after, "change": after / before - 1}
@@ -260,13 +259,34 @@ def unlike(now: dict[str, Any], old: dict[str, Any]) -> list[str]:
     return found
 
 
-class RandomModel:
-    """Stages of random weights, as a Khala has them, for measurements without a model."""
+class Measurable(Protocol):
+    """The parts of a model, each loaded when first used; a pipeline's Parts, or RandomParts."""
+
+    config: KhalaConfig
+    dtype: str
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone."""
+
+    @property
+    def superres(self) -> SuperRes:
+        """The superres."""
+
+    @property
+    def codec(self) -> Codec:
+        """The codec."""
+
+    def release(self, part: str) -> None:
+        """Free a part."""
+
+
+class RandomParts:
+    """Parts of random weights, for measurements without a model."""
 
     def __init__(self, layers: int, width: int) -> None:
         self.config = random_config(layers, width)
         self.dtype = working_dtype(self.config)
-        self.source = f"random weights, {layers} layers of width {width}"
         self._part: Any = None
 
     @property
@@ -315,11 +335,11 @@ def fitting(config: KhalaConfig, asked: dict[str, int | None]) -> Sizes:
 
 
 def measured(
-    khala: Any, asked: dict[str, int | None], chunk_frames: int | None = None
+    parts: Measurable, source: str, asked: dict[str, int | None], chunk_frames: int | None = None
 ) -> dict[str, Any]:
-    """The report of `khala bench` on a Khala or a RandomModel; one part is loaded at a time."""
-    machine, config = this_machine(), khala.config
-    setting, sizes = Setting(khala.dtype, machine.on_cpu), fitting(config, asked)
+    """Return the report of `khala bench`; one part is loaded at a time."""
+    machine, config = this_machine(), parts.config
+    setting, sizes = Setting(parts.dtype, machine.on_cpu), fitting(config, asked)
     chunk = chunk_frames or min(_SHORT_BLOCK, default_chunk(config.codec))
     told: dict[str, Any] = {
         "machine": {
@@ -328,15 +348,15 @@ def measured(
             "published_bandwidth": machine.bandwidth if machine.published else None,
             "memory": machine.memory,
         },
-        "model": khala.source,
-        "dtype": khala.dtype,
+        "model": source,
+        "dtype": parts.dtype,
     }
-    told["compose"] = bench_compose(khala.backbone, config, setting, sizes)
-    khala.release("backbone")
-    told["refine"] = bench_refine(khala.superres, config, setting, sizes)
-    khala.release("superres")
-    told["render"] = bench_render(khala.codec, setting, sizes, chunk)
-    khala.release("codec")
+    told["compose"] = bench_compose(parts.backbone, config, setting, sizes)
+    parts.release("backbone")
+    told["refine"] = bench_refine(parts.superres, config, setting, sizes)
+    parts.release("superres")
+    told["render"] = bench_render(parts.codec, setting, sizes, chunk)
+    parts.release("codec")
     for name in ("peak_bytes", "forecast_bytes"):
         told[name] = max(told[stage][name] for stage in ("compose", "refine", "render"))
     return told

@@ -20,7 +20,7 @@ _TABLES = ("embed_tokens", "lm_head")
 
 
 def packed_bytes(config: KhalaConfig, path: str, into: int, out: int, width: int) -> int:
-    """Bytes of a matrix [out, into] named `part.path`, packed if config.json says so.
+    """Bytes of a matrix [out, into] named `part.path`, quantized if config.json says so.
 
     The affine modes keep a scale and a bias for each group, the others one byte.
     """
@@ -32,7 +32,7 @@ def packed_bytes(config: KhalaConfig, path: str, into: int, out: int, width: int
 
 
 def packable(config: KhalaConfig) -> dict[str, tuple[int, int]]:
-    """(in, out) of every matrix that can be packed, by its name in config.json."""
+    """(in, out) of every matrix that can be quantized, by its name in config.json."""
     return {
         f"{part}.{path}": size
         for part, sizes in (("backbone", config.backbone), ("superres", config.superres))
@@ -44,7 +44,7 @@ def packable(config: KhalaConfig) -> dict[str, tuple[int, int]]:
 
 
 def packed(config: KhalaConfig, how: Quantization) -> KhalaConfig:
-    """`config` with every matrix packed whose rows divide into groups."""
+    """`config` with every matrix quantized whose rows divide into groups."""
     names = [n for n, (into, _) in packable(config).items() if into % how.group_size == 0]
     return replace(config, quantization=dict.fromkeys(names, how))
 

@@ -1,8 +1,8 @@
 """The bare kernels of each stage, with nothing around them: what a device needs at the very least.
 
-The same weights, shapes, dtype and packing as the models': matrix products, attention, norms and
-the codec's activations, one after another. No positions, caches, sampling, chunks of sound, or
-checks.
+They have the same weights, shapes, dtype and quantization as the models: matrix products,
+attention, norms and the codec's activations, one after another. There are no positions, caches,
+sampling, chunks of sound or checks.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def frames_of_a_block(codec: Codec, chunk_frames: int) -> int:
 
 def _block(block: DecoderBlock, x: mx.array) -> mx.array:
     up = block.up
-    # Every row meets each tap; which sums make a sample is no arithmetic.
+    # Every row meets each tap; which sums make a sample is not an arithmetic.
     x = block.snake(x)
     y = mx.concatenate([x @ up.weight[:, tap].T for tap in range(2 * up.stride)], axis=-1)
     x = y.reshape(x.shape[0], 2 * up.stride * x.shape[1], -1)[:, : up.stride * x.shape[1]]

@@ -109,7 +109,7 @@ def parse_memory(text: str) -> int:
     """ "16GB", "16 GiB", "24" -> bytes; a Mac's gigabytes are powers of two.
 
     Raises:
-        KhalaError: if it is no amount of memory.
+        KhalaError: if it is not an amount of memory.
     """
     number = text.strip().upper().removesuffix("B").removesuffix("I").removesuffix("G").strip()
     try:

@@ -42,7 +42,7 @@ class Setting:
     Attributes:
         dtype: of activations and plain weights.
         on_cpu: whether on MLX's CPU backend.
-        kv_bits: packing of the key-value cache, or None.
+        kv_bits: quantization of the key-value cache, or None.
         adapters: what is on the backbone.
     """
 
@@ -58,7 +58,7 @@ class Setting:
 
 
 def as_held(config: KhalaConfig, part: str, setting: Setting) -> KhalaConfig:
-    """`config` with the packing that a language model has in memory: small ones are unpacked."""
+    """Return `config` with the quantization in memory: small models are dequantized."""
     plain = replace(config, quantization={})
     small = counts.transformer_bytes(plain, part, _FLOAT32) <= CPU_UNPACKED_BYTES
     return plain if setting.on_cpu and small else config
@@ -78,7 +78,7 @@ def compose_bytes(
 ) -> int:
     """The most that composing needs beside the weights: reading the prompt, or writing.
 
-    The codes of a beginning that the song goes on from are read like the prompt, and count in it.
+    The codes of a beginning that the song continues from are read like the prompt, and count in it.
     """
     sizes, width = config.backbone, setting.width
     read = counts.cache_bytes(sizes, prompt, width, None)
@@ -92,7 +92,7 @@ def compose_bytes(
 def judge_bytes(config: KhalaConfig, setting: Setting, tokens: int) -> int:
     """The most that judging a song of `tokens` tokens, prompt included, needs beside the weights.
 
-    It is one pass without a cache; see Backbone.surprise.
+    It is one pass without a cache; see Backbone.nats per token.
     """
     return _head_bytes(config, setting) + _pass_bytes(config.backbone, tokens, setting, "compose")
 
@@ -118,7 +118,7 @@ def render_bytes(config: CodecConfig, chunk_frames: int, *, on_cpu: bool) -> int
     """The most that rendering needs beside the weights and the sound."""
     widest = config.decoder_dim * 2 ** (len(config.decoder_rates) - 1)
     rows = chunk_frames + sum(decoder_halo(config))
-    # The packed weights of the largest upsampling, and what it makes.
+    # The quantized weights of the largest upsampling, and what it makes.
     first = 2 * widest * 2 * config.decoder_rates[0] * widest
     packed = _FLOAT32 * (first + 4 * rows * config.decoder_rates[0] * widest)
     whole = _FLOAT32 * rows * config.hop * config.decoder_dim

@@ -13,7 +13,7 @@ class Tally:
     """Counts while it is entered; the work itself is the same.
 
     Attributes:
-        flops: operations of matrix products, packed ones and attention.
+        flops: operations of matrix products, quantized ones and attention.
         bytes_read: of weights, biases, norms, keys and values; not of activations.
     """
 

@@ -18,7 +18,7 @@ from khala_mlx.performance import memory as envelope
 from khala_mlx.performance.machine import Machine
 from khala_mlx.performance.memory import Setting
 
-# Buffers kept for the next use: below this MLX allocates anew all the time, above it a Mac swaps.
+# Buffers kept for the next use: below this MLX allocates again all the time, above it a Mac swaps.
 _LEAST_CACHE, _MOST_CACHE = 1 << 30, 4 << 30
 
 
@@ -30,7 +30,7 @@ class Job:
         backbone_prompt, superres_prompt: tokens of the prompts.
         frames: of the longest song.
         songs: how many.
-        kv_bits: packing of the key-value cache.
+        kv_bits: quantization of the key-value cache.
         begun: frames of each song that are taken over from another one.
         judged: whether the backbone reads each song once more, to tell how likely it is.
         expected: whether the detail is chosen by expectation, which takes the codec's codebooks.
@@ -117,12 +117,12 @@ class Plan:
         return None
 
     def check(self) -> None:
-        """Raise a KhalaError if it cannot be done."""
+        """Raise KhalaError if the job does not fit."""
         if self.problem is not None:
             raise KhalaError(self.problem)
 
-    def told(self) -> dict[str, Any]:
-        """All figures, for JSON."""
+    def summary(self) -> dict[str, Any]:
+        """Return all figures, for JSON."""
         stages = {
             stage.name: {
                 "weights_bytes": stage.weights,
@@ -182,7 +182,7 @@ def limits(plan: Plan) -> Iterator[None]:
         yield
     finally:
         if wired is not None:
-            # Work that is still going on must not lose its wired memory.
+            # Unfinished work must not lose its wired memory.
             mx.synchronize()
             mx.set_wired_limit(wired)
         mx.set_cache_limit(cache)
@@ -221,7 +221,7 @@ def _plan(
     if over is not None:
         problem = (
             f"To {over.name} this song needs {over.peak / 1e9:.1f} GB and {memory / 1e9:.1f} GB "
-            "can be used: ask for fewer seconds, or pack the model with "
+            "can be used: ask for fewer seconds, or quantize the model with "
             "`khala convert --quantize`."
         )
     return Plan(stages, staged, songs, chunk, memory, problem)

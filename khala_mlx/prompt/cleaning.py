@@ -34,7 +34,7 @@ _SEQUENCES = {"——": "-", "\u00e2\u0080\u0099": "'"}
 def clean_lyrics(text: str) -> str:
     """Lyrics as the published interface sends them: plain punctuation and spaces, outer blanks off.
 
-    Windows line ends become "\\n", which upstream lacks; a lone "\\r" stays, as upstream has it.
+    Windows line ends become "\\n", unlike upstream; a lone "\\r" stays, as upstream has it.
     Cleaning twice equals cleaning once, except that upstream turns a full-width ＾ into ^ and a
     ^ into '.
     """

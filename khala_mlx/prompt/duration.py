@@ -8,11 +8,11 @@ import warnings
 from khala_mlx.config import KhalaConfig
 from khala_mlx.errors import KhalaError, KhalaWarning
 from khala_mlx.prompt.request import Request
-from khala_mlx.text import shown
+from khala_mlx.text import clock_time, shown
 
 # Songs run past the minutes asked for; upstream's progress bar allows for 0.8 more.
 SPARE_MINUTES = 0.8
-# Seconds that a song goes on for at least behind a beginning, if they fit.
+# Seconds that a song continues for at least behind a beginning, if they fit.
 LEAST_ADDED = 5.0
 # Seconds beyond any song, and few enough to count frames of.
 _ENDLESS = 1e9
@@ -48,11 +48,11 @@ def frame_budget(
     for name, value in (("seconds", seconds), ("min_seconds", least)):
         if value is not None and not 0 <= value < _ENDLESS:
             raise KhalaError(
-                f"{name} has to be a number of seconds from 0 to below {_ENDLESS:,.0f}, "
+                f"{name} must be a number of seconds from 0 to below {_ENDLESS:,.0f}, "
                 f"got {shown(value)}."
             )
     if seconds is not None and (seconds <= 0 or least > seconds):
-        raise KhalaError(f"seconds has to be above 0 and not below min_seconds, got {seconds}.")
+        raise KhalaError(f"seconds must be above 0 and not below min_seconds, got {seconds}.")
     rate = config.codec.frame_rate
     asked = request.minutes * 60 if seconds is None else seconds
     # One minute is the least a prompt can say, and no wish that a smaller window breaks.
@@ -94,8 +94,3 @@ def warn_window(config: KhalaConfig, frames: int, fit: int) -> None:
 
 def _frames(seconds: float, rate: float) -> int:
     return max(1, math.ceil(seconds * rate))
-
-
-def clock_time(seconds: float) -> str:
-    """75.0 -> 1:15"""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -11,10 +11,10 @@ from typing import Any
 from khala_mlx.config import KhalaConfig
 from khala_mlx.errors import KhalaWarning
 from khala_mlx.prompt.cleaning import changes, clean_lyrics
-from khala_mlx.prompt.duration import clock_time
 from khala_mlx.prompt.prompt import build_ids, cleaned, prompt_ids, prompt_texts
 from khala_mlx.prompt.request import Request
 from khala_mlx.prompt.tokenizer import Tokenizer
+from khala_mlx.text import clock_time
 
 # Syllables a second over a whole song, pauses and solos included: a song of three and a half
 # minutes has about 370 words or 460 syllables. Slow and fast songs differ by half.
@@ -42,7 +42,7 @@ def preview(tokenizer: Tokenizer, config: KhalaConfig, request: Request) -> dict
     prompt = request.prompt
     backbone_text, superres_text = prompt_texts(config, prompt)
     with warnings.catch_warnings():
-        # What would be cut is told below, in full.
+        # What would be cut is reported below, in full.
         warnings.simplefilter("ignore", KhalaWarning)
         ids = prompt_ids(tokenizer, config, prompt, truncate=True)
     told: dict[str, Any] = {

@@ -49,7 +49,7 @@ Part = str | Control
 class Prompt:
     """What a user asks for. A description comes before tags, tags before a genre.
 
-    `text_mode` decides what superres is told: `same_as_backbone`; the same but, where there is a
+    `text_mode` decides the prompt of superres: `same_as_backbone`; the same but, if there is a
     description, only the genre (`same_as_backbone_no_description`, the published default); or
     `separate`, always only the genre, and the one mode that sends `language` to both models.
     """
@@ -69,7 +69,7 @@ class Prompt:
         mode = _UPSTREAM_NAMES.get(self.text_mode, self.text_mode)
         if mode not in TEXT_MODES:
             raise PromptError(
-                f"text_mode has to be one of {', '.join(TEXT_MODES)}, got {shown(self.text_mode)}."
+                f"text_mode must be one of {', '.join(TEXT_MODES)}, got {shown(self.text_mode)}."
             )
         object.__setattr__(self, "text_mode", mode)
         # The published interface asks for an instrumental by setting the language to that word.
@@ -103,7 +103,7 @@ class Prompt:
             PromptError: if the model has no token for `minutes`.
         """
         if not 1 <= self.minutes <= layout.max_minutes:
-            raise PromptError(f"minutes has to be 1..{layout.max_minutes}, got {self.minutes}.")
+            raise PromptError(f"minutes must be 1..{layout.max_minutes}, got {self.minutes}.")
         names = layout.specials
         separator, newline = Control(names.separator), Control(names.newline)
         parts: list[Part] = [Control(names.begin), self.metadata, separator]
@@ -195,12 +195,12 @@ def cleaned(prompt: Prompt) -> Prompt:
 def _check_type(name: str, value: object, wanted: type) -> None:
     if wanted is int:
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise PromptError(f"{name} has to be a whole number, got {shown(value)}.")
+            raise PromptError(f"{name} must be a whole number, got {shown(value)}.")
     elif not isinstance(value, wanted):
         kind = "text" if wanted is str else "True or False"
-        raise PromptError(f"{name} has to be {kind}, got {shown(value)}.")
+        raise PromptError(f"{name} must be {kind}, got {shown(value)}.")
     elif isinstance(value, str) and not is_text(value):
-        raise PromptError(f"{name} is no valid text: it holds a lone surrogate.")
+        raise PromptError(f"{name} is not valid text: it holds a lone surrogate.")
 
 
 def _check_limits(

@@ -15,8 +15,8 @@ from khala_mlx.prompt.prompt import Prompt
 class Request(Strict):
     """Everything one asks for when asking for a song; with the model, it determines the song.
 
-    `refine_seed` makes the detail alone anew; by default `seed` serves both. `kv_bits`, 8 or 4,
-    packs the backbone's key-value cache, which changes the song. `refine_expected` chooses the
+    `refine_seed` makes the detail alone again; by default `seed` serves both. `kv_bits`, 8 or 4,
+    quantizes the backbone's key-value cache, which changes the song. `refine_expected` chooses the
     detail by expectation (expected.py) instead of drawing it.
     """
 

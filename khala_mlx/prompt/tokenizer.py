@@ -37,8 +37,8 @@ class Tokenizer:
         """Read a tokenizer.json.
 
         Raises:
-            WeightsError: if it cannot be read, is no tokenizer, or gives tokens other ids than it
-                declares.
+            WeightsError: if it cannot be read, is not a tokenizer, or gives tokens other ids than
+                it declares.
         """
         import tokenizers
 
@@ -48,7 +48,7 @@ class Tokenizer:
         except OSError as error:
             raise WeightsError(f"{path} cannot be read: {error.strerror}.") from error
         except Exception as error:  # the package raises bare Exceptions
-            raise WeightsError(f"{path} is no valid tokenizer file: {error}.") from error
+            raise WeightsError(f"{path} is not a valid tokenizer file: {error}.") from error
         _check_declared_ids(backend, json.loads(text), path)
         return cls(backend)
 
@@ -67,7 +67,7 @@ class Tokenizer:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise PromptError(f"{text[:40]!a} is no text: it holds a lone surrogate.") from error
+            raise PromptError(f"{text[:40]!a} is not a text: it holds a lone surrogate.") from error
         return self._encode_apart(text)
 
     def special(self, name: str) -> int:

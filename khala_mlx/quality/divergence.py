@@ -1,4 +1,4 @@
-"""How far a packed model is from the one it came from, on a song the latter writes."""
+"""How far a quantized model is from the one it came from, on a song the latter writes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 
 from khala_mlx import token_ids as tokens
 from khala_mlx.errors import KhalaError
-from khala_mlx.pipeline.parts import Stages
+from khala_mlx.pipeline.khala import Khala
 
 # Positions whose logits over the whole vocabulary are held at a time.
 _ROWS = 64
 
 
-def against(model: Stages, full: Stages, *, frames: int = 64, seed: int = 0) -> dict[str, Any]:
+def against(model: Khala, full: Khala, *, frames: int = 64, seed: int = 0) -> dict[str, Any]:
     """Compare on `frames` frames that `full` composes and refines from an empty prompt.
 
     Both read the same codes at every place, so that one difference does not become many.
@@ -35,14 +35,14 @@ def against(model: Stages, full: Stages, *, frames: int = 64, seed: int = 0) -> 
     coarse = full.compose(bb_ids, max_frames=frames, min_frames=frames, seed=seed)
     ids = np.concatenate([bb_ids, tokens.interleave(full.config.tokens, coarse)])
     wanted = _log_probabilities(full, ids, len(bb_ids))
-    full.release("backbone")
+    full.parts.release("backbone")
     found = _log_probabilities(model, ids, len(bb_ids))
-    model.release("backbone")
+    model.parts.release("backbone")
     codes = full.refine(sr_ids, coarse, seed=seed)
     best = _greedy(full, sr_ids, codes)
-    full.release("superres")
+    full.parts.release("superres")
     changed = _greedy(model, sr_ids, codes) != best
-    model.release("superres")
+    model.parts.release("superres")
     return {
         "frames": coarse.shape[1],
         "kl_nats": float((np.exp(wanted) * (wanted - found)).sum(-1).mean()),
@@ -51,7 +51,7 @@ def against(model: Stages, full: Stages, *, frames: int = 64, seed: int = 0) -> 
     }
 
 
-def _log_probabilities(khala: Stages, ids: np.ndarray, prompt: int) -> np.ndarray:
+def _log_probabilities(khala: Khala, ids: np.ndarray, prompt: int) -> np.ndarray:
     """Log probabilities [n, V] of every token behind the prompt, float32."""
     model = khala.backbone
     hidden = model.hidden(mx.array(ids[None, :-1].astype(np.int32)))[0, prompt - 1 :]
@@ -62,11 +62,11 @@ def _log_probabilities(khala: Stages, ids: np.ndarray, prompt: int) -> np.ndarra
     return np.concatenate(rows)
 
 
-def _greedy(khala: Stages, ids: np.ndarray, codes: np.ndarray) -> np.ndarray:
+def _greedy(khala: Khala, ids: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """The best code of every fine layer [K - coarse, T], each behind the given layers before it."""
     first = khala.config.tokens.num_coarse
     best = [
-        khala.refine(ids, codes[:first], refined=codes[first:layer], layers=layer + 1, top_k=1)[
+        khala.refine(ids, codes[:first], refined=codes[first:layer], codebooks=layer + 1, top_k=1)[
             layer
         ]
         for layer in range(first, len(codes))

@@ -52,8 +52,8 @@ def record(khala: Khala) -> Path:
     }
     from safetensors.numpy import save
 
-    told = {"fingerprint": khala.fingerprint, "dtype": khala.dtype}
-    path = khala.folder / FILE
+    told = {"fingerprint": khala.parts.fingerprint, "dtype": khala.parts.dtype}
+    path = khala.parts.folder / FILE
     with appears_whole(path) as temporary:
         temporary.write_bytes(save(arrays, {"khala": json.dumps(told)}))
     return path
@@ -89,11 +89,12 @@ def holds(told: dict[str, Any]) -> bool:
 def _read(khala: Khala) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError, safe_open
 
-    path = khala.folder / FILE
+    path = khala.parts.folder / FILE
     if not path.is_file():
         raise KhalaError(
-            f"{khala.folder} has no goldens: store them with `khala models verify MODEL --record` "
-            "on a machine that is known to sing right, and copy the folder."
+            f"{khala.parts.folder} has no stored reference outputs. Store them with "
+            "`khala models verify MODEL --record` on a machine with correct numerics, and copy the "
+            "folder."
         )
     try:
         with safe_open(path, framework="np") as file:
@@ -101,15 +102,15 @@ def _read(khala: Khala) -> dict[str, np.ndarray]:
             names = ("backbone_ids", "superres_ids", "codes", "backbone", "superres", "wave")
             arrays = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise KhalaError(f"{path} is damaged: remove it and record it anew.") from error
-    if not isinstance(told, dict) or told.get("fingerprint") != khala.fingerprint:
-        raise KhalaError(f"{path} is of other weights: remove it and record it anew.")
+        raise KhalaError(f"{path} is damaged: remove it and record it again.") from error
+    if not isinstance(told, dict) or told.get("fingerprint") != khala.parts.fingerprint:
+        raise KhalaError(f"{path} is of other weights: remove it and record it again.")
     layout = khala.config.tokens
     tokens.check_codes(
         arrays["codes"], layers=layout.num_codebooks, codebook_size=layout.codebook_size
     )
     if not _fit_together(arrays, khala):
-        raise KhalaError(f"{path} is damaged: remove it and record it anew.")
+        raise KhalaError(f"{path} is damaged: remove it and record it again.")
     return arrays
 
 

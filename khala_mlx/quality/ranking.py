@@ -1,4 +1,4 @@
-"""Measures by which songs of one request are told apart, and their order. Knows no models."""
+"""Measures to compare songs of one request, and their ranking. It needs no models."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Measures:
     """What is measured of one candidate.
 
     Attributes:
-        surprise: nats of a coarse token, as the backbone that wrote them judges them afterwards.
+        nats_per_token: the backbone's mean nats per coarse token.
         silence: share of the quarter seconds below -50 dBFS.
         repetition: share of the patterns of four frames of the first layer that came before.
         clipping: share of the samples beyond full scale.
         coverage: share of the lyrics' words that a recogniser heard in their order, if known.
     """
 
-    surprise: float
+    nats_per_token: float
     silence: float
     repetition: float
     clipping: float
@@ -48,12 +48,15 @@ class Measures:
 
 
 def ranked(measures: Sequence[Measures]) -> list[int]:
-    """Places in `measures`, best first: fewer faults, then more words, then less surprise."""
+    """Return places in `measures`, best first.
+
+    Fewer faults come first, then more words, then fewer nats per token.
+    """
 
     def key(place: int) -> tuple[int, float, float, int]:
         each = measures[place]
         words = 0.0 if each.coverage is None else round(each.coverage / _COVERAGE_STEP)
-        return len(each.faults), -words, each.surprise, place
+        return len(each.faults), -words, each.nats_per_token, place
 
     return sorted(range(len(measures)), key=key)
 

@@ -1,4 +1,4 @@
-"""How much each matrix suffers from being packed, measured; and the packing that suffers least.
+"""Measures how much each matrix suffers from quantization, and finds the best mixed one.
 
 A matrix at a time is replaced by what it would be at so many bits, and the distance of the model's
 predictions from its own is measured on songs it writes itself. Small changes add up, so that bits
@@ -21,10 +21,10 @@ from khala_mlx import token_ids as tokens
 from khala_mlx.config import Quantization
 from khala_mlx.errors import KhalaError
 from khala_mlx.performance import cost as counts
-from khala_mlx.pipeline.parts import Stages
+from khala_mlx.pipeline.khala import Khala
 from khala_mlx.prompt.prompt import Prompt
 
-# What a matrix may have; MLX packs 2 bits too, of which nothing good is known.
+# What a matrix may have; MLX quantizes 2 bits too, of which nothing good is known.
 BITS = (3, 4, 5, 6, 8)
 # What the songs are asked for: words, so that the rows of text count too, and none.
 _PROMPTS = (
@@ -49,7 +49,7 @@ class _Song:
 
 
 def mixed(
-    khala: Stages,
+    khala: Khala,
     bits: float,
     *,
     group_size: int = 64,
@@ -57,30 +57,32 @@ def mixed(
     frames: int = 64,
     on_progress: Progress | None = None,
 ) -> dict[str, Quantization]:
-    """How to pack each matrix of an unpacked model so that `bits` a weight are used on average.
+    """Return how to quantize each matrix so that `bits` per weight are used on average.
 
     Each language model keeps to the average by itself. Scales are not counted: a mixed model is as
-    large as one packed uniformly to `bits` in groups of the same size.
+    large as one quantized uniformly to `bits` in groups of the same size.
 
     Args:
         dtype: what scales will be stored in.
         frames: how much song is written to measure on, for each of two prompts.
 
     Raises:
-        KhalaError: if the model is packed already, nothing can be packed, or bits are not to be
-            reached.
+        KhalaError: if the model is quantized already, nothing can be quantized, or `bits`
+            is out of reach.
     """
     if khala.config.quantization:
-        raise KhalaError("The model is packed already; a mixed packing is chosen from a plain one.")
+        raise KhalaError(
+            "The model is quantized already; a mixed quantization is chosen from a plain one."
+        )
     if not BITS[0] < bits <= BITS[-1]:
-        raise KhalaError(f"bits has to lie above {BITS[0]} and up to {BITS[-1]}, got {bits}.")
+        raise KhalaError(f"bits must lie above {BITS[0]} and up to {BITS[-1]}, got {bits}.")
     sizes = {
         name: into * out
         for name, (into, out) in counts.packable(khala.config).items()
         if into % group_size == 0
     }
     if not sizes:
-        raise KhalaError(f"Nothing can be packed: no row divides into groups of {group_size}.")
+        raise KhalaError(f"Nothing can be quantized: no row divides into groups of {group_size}.")
     total, done = len(sizes) * len(BITS), 0
 
     def step() -> None:
@@ -97,7 +99,7 @@ def mixed(
             model = getattr(khala, part)
             measured = _measured(model, part, own, judge(model, songs), group_size, dtype, step)
             chosen |= allot(measured, own, bits)
-        khala.release(part)
+        khala.parts.release(part)
     return {name: Quantization(width, group_size) for name, width in chosen.items()}
 
 
@@ -171,7 +173,7 @@ def _measured(
 
 @contextmanager
 def _packed(layer: Any, how: Quantization, dtype: str) -> Iterator[None]:
-    """Within, the layer has the weights that its packed form stands for."""
+    """Within, the layer has the weights that its quantized form stands for."""
     whole = layer.weight
     stored = whole.astype(getattr(mx, dtype))
     packed = mx.quantize(stored, group_size=how.group_size, bits=how.bits)
@@ -184,7 +186,7 @@ def _packed(layer: Any, how: Quantization, dtype: str) -> Iterator[None]:
         layer.weight = whole
 
 
-def _songs(khala: Stages, frames: int) -> list[_Song]:
+def _songs(khala: Khala, frames: int) -> list[_Song]:
     """Songs by the model itself: what its predictions are about when it is used."""
     asked = [khala.prompt_ids(**vars(prompt)) for prompt in _PROMPTS]
     coarse = [

@@ -1,4 +1,4 @@
-"""The beginning that a song goes on from: a take's codes, or any sound through the codec."""
+"""The song that another one continues: a take's codes, or any sound file through the codec."""
 
 from __future__ import annotations
 
@@ -14,84 +14,120 @@ import numpy as np
 
 from khala_mlx.audio.files import read_audio, sound_length
 from khala_mlx.audio.tags import clean
+from khala_mlx.config import CodecConfig
 from khala_mlx.errors import KhalaError, KhalaWarning
-from khala_mlx.prompt.duration import clock_time
 from khala_mlx.prompt.request import Request
-from khala_mlx.song.record import read_request
+from khala_mlx.song.record import Record
 from khala_mlx.song.take import Take
-from khala_mlx.text import resuming, shown
+from khala_mlx.text import clock_time, shown
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """What a song goes on from.
+class Prefix:
+    """The beginning of a song, taken from another one.
 
     Attributes:
-        codes: int [k, T0], k at least the coarse layers.
-        request: what was asked for when it was made, where that is known.
-        told: file, frames, seconds and the sha256 of the codes, for the sidecar.
+        codes: int [k, T0], k at least the coarse codebooks.
+        info: file, frames, seconds and the sha256 of the codes, for the record.
     """
 
     codes: np.ndarray
-    request: Request
-    told: dict[str, Any]
+    info: dict[str, Any]
 
 
-def read_beginning(
-    khala: Any,
-    source: str | Path,
-    until: float | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Beginning:
-    """The codes of a take or a sound file before `until` seconds, or all of them.
+@dataclass(frozen=True)
+class Continuation:
+    """The song to continue, read once.
 
-    Raises:
-        KhalaError: if the file cannot be read or holds nothing before that point.
+    Attributes:
+        take: the take, or None for a sound file.
+        request: the request it was made from; the default request where that is unknown.
+        until: seconds of it to keep, or None for all.
     """
-    source = Path(source)
-    if _is_take(source):
-        codes, request = _of_take(khala, source)
-    else:
-        codes, request = _of_sound(khala, source, on_progress)
-    frames = _frames_before(khala, source, codes.shape[1], until)
-    codes = codes[:, :frames]
-    told = {
-        "file": clean(source.name),
-        "frames": frames,
-        # Up, so that `until` these seconds are so many frames again.
-        "seconds": math.ceil(1000 * frames / khala.config.codec.frame_rate) / 1000,
-        "codes_sha256": hashlib.sha256(codes.astype("<i4").tobytes()).hexdigest(),
-    }
-    return Beginning(codes, request, told)
 
+    path: Path
+    take: Take | None
+    request: Request
+    until: float | None
 
-def measure_beginning(khala: Any, source: Path, until: float | None) -> tuple[int, Request]:
-    """Frames and request of what `read_beginning` would read; no model is loaded for it."""
-    if _is_take(source):
-        codes, request = _of_take(khala, source)
-        total = codes.shape[1]
-    else:
-        config = khala.config.codec
-        total, request = sound_length(source, config.sample_rate) // config.hop, _asked(source)
-    return _frames_before(khala, source, total, until), request
+    @classmethod
+    def open(cls, path: Path, until: float | None = None) -> Continuation:
+        """Read a take, or the record of a sound file.
 
+        Raises:
+            KhalaError: if the take cannot be read or is not composed yet.
+        """
+        if path.suffix != ".safetensors":
+            return cls(path, None, _recorded_request(path), until)
+        take = Take.load(path)
+        take.check_composed(path)
+        return cls(path, take, take.request, until)
 
-def _is_take(source: Path) -> bool:
-    return source.suffix == ".safetensors"
+    def frames(self, codec: CodecConfig) -> int:
+        """Return the frames that are kept. Loads no model.
 
+        Raises:
+            KhalaError: if `until` is not inside the song.
+        """
+        if self.take is not None:
+            total = self.take.codes.shape[1]
+        else:
+            total = sound_length(self.path, codec.sample_rate) // codec.hop
+        if not total:
+            raise KhalaError(f"{self.path} is shorter than one frame, {codec.hop} samples.")
+        rate = codec.frame_rate
+        frames = total if self.until is None else math.floor(self.until * rate)
+        if not 1 <= frames <= total:
+            raise KhalaError(
+                f"--from must be inside {self.path}: above 0 and at most "
+                f"{clock_time(total / rate)}."
+            )
+        return frames
 
-def _frames_before(khala: Any, source: Path, total: int, until: float | None) -> int:
-    rate = khala.config.codec.frame_rate
-    frames = total if until is None else math.floor(until * rate)
-    if not 1 <= frames <= total:
-        raise KhalaError(
-            f"{source} lasts {clock_time(total / rate)}: --from has to lie inside it, and above 0."
+    def prefix(self, codec: CodecConfig, encode: Callable[[np.ndarray], np.ndarray]) -> Prefix:
+        """Return the codes that are kept.
+
+        Args:
+            encode: turns samples [L, C] into codes [K, T]; called for sound files only.
+
+        Raises:
+            KhalaError: if the file cannot be read or nothing of it is kept.
+        """
+        frames = self.frames(codec)
+        codes = (self._encoded(codec, encode) if self.take is None else self.take.codes)[:, :frames]
+        return Prefix(
+            codes,
+            {
+                "file": clean(self.path.name),
+                "frames": frames,
+                # Rounded up, so that the same frames are kept `until` these seconds.
+                "seconds": math.ceil(1000 * frames / codec.frame_rate) / 1000,
+                "codes_sha256": hashlib.sha256(codes.astype("<i4").tobytes()).hexdigest(),
+            },
         )
-    return frames
+
+    def warn_other_model(self, identity: str) -> None:
+        """Warn if another model than the one of this identity made the take."""
+        model = self.take.metadata["model"] if self.take else {}
+        if model.get("config_sha256", identity) != identity:
+            warnings.warn(
+                f"{self.path} was made by another model ({shown(model.get('name'))}). If that has "
+                "another codec, the prefix will be noise.",
+                KhalaWarning,
+                stacklevel=2,
+            )
+
+    def _encoded(
+        self, codec: CodecConfig, encode: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        waveform = read_audio(self.path, codec.sample_rate, codec.channels)
+        # Whole frames: the codec would pad the last one with silence, in the middle of the song.
+        whole = len(waveform) // codec.hop * codec.hop
+        return encode(waveform[:whole])
 
 
-def longer(request: Request, seconds: float, most_minutes: int) -> Request:
-    """`request` without the length it had, its minutes such that `seconds` can go on."""
+def continued_request(request: Request, seconds: float, most_minutes: int) -> Request:
+    """Return `request` for a song that continues `seconds` of another: its length is set again."""
     minutes = int(seconds) // 60 + 1
     return replace(
         request,
@@ -102,36 +138,8 @@ def longer(request: Request, seconds: float, most_minutes: int) -> Request:
     )
 
 
-def _of_take(khala: Any, path: Path) -> tuple[np.ndarray, Request]:
-    take = Take.load(path)
-    if not take.layers:
-        raise KhalaError(f"{path} holds no codes yet: go on with `{resuming(path)}`.")
-    model = take.metadata["model"]
-    if model.get("config_sha256", khala.identity) != khala.identity:
-        warnings.warn(
-            f"{path} was made by another model ({shown(model.get('name'))}); if that had another "
-            "codec, the beginning will be noise.",
-            KhalaWarning,
-            stacklevel=3,
-        )
-    return take.codes, take.request
-
-
-def _of_sound(
-    khala: Any, path: Path, on_progress: Callable[[int, int], None] | None
-) -> tuple[np.ndarray, Request]:
-    config = khala.config.codec
-    waveform = read_audio(path, config.sample_rate, config.channels)
-    # Whole frames: the codec would fill the last one up with silence, amid the song.
-    whole = len(waveform) // config.hop * config.hop
-    if not whole:
-        raise KhalaError(f"{path} is shorter than one frame, {config.hop} samples.")
-    codes = khala.codec.encode(waveform[:whole], on_progress=on_progress)
-    return codes, _asked(path)
-
-
-def _asked(sound: Path) -> Request:
+def _recorded_request(sound: Path) -> Request:
     try:
-        return read_request(sound)
+        return Record.read(sound).request
     except KhalaError:
         return Request()

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from khala_mlx.config import KhalaConfig
 from khala_mlx.errors import AudioError, KhalaError, WeightsError
 from khala_mlx.model.weights import PARTS, part_files
 from khala_mlx.prompt.request import Request
-from khala_mlx.song.record import read_record, sidecar_path
+from khala_mlx.song.record import Record, sidecar_path
 from khala_mlx.song.song import take_path
 from khala_mlx.song.take import Take
 
@@ -98,7 +99,9 @@ def _sound(path: Path) -> dict[str, Any]:
     try:
         found = soundfile.info(os.fsencode(path))
     except (soundfile.SoundFileError, OSError) as error:
-        raise AudioError(f"{path} is no sound file, codes file, take or model folder.") from error
+        raise AudioError(
+            f"{path} is not a sound file, codes file, take or model folder."
+        ) from error
     waveform, rate = read_sound(path)
     report: dict[str, Any] = {
         "kind": "sound",
@@ -119,12 +122,12 @@ def _sound(path: Path) -> dict[str, Any]:
 def _provenance(path: Path) -> dict[str, Any]:
     """What the record of a sound tells; a stranger's song.json does not hide the sound itself."""
     try:
-        return _song(read_record(path), str(path))
+        return _song(Record.read(path).values, str(path))
     except KhalaError as error:
         return {"record": f"none that can be read: {error}"}
 
 
-def _song(record: dict[str, Any], where: str) -> dict[str, Any]:
+def _song(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     request = Request.from_record(record, where)
     told = {name: value for name, value in request.to_dict().items() if _is_said(name, value)}
     if "seconds" in told:
@@ -145,7 +148,7 @@ def _is_said(name: str, value: Any) -> bool:
 
 def _take(path: Path) -> dict[str, Any]:
     take = Take.load(path)
-    told = {"kind": "take", "layers": take.layers, "of_layers": take.num_codebooks}
+    told = {"kind": "take", "layers": take.codebooks, "of_layers": take.num_codebooks}
     told |= {"frames": take.codes.shape[1], "whole": take.whole}
     if isinstance(seconds := take.metadata.get("seconds"), (int, float)):
         told["seconds"] = seconds
@@ -178,5 +181,5 @@ def _header(path: Path) -> dict[str, Any]:
         AttributeError,
         RecursionError,
     ) as error:
-        raise WeightsError(f"{path} is no whole safetensors file.") from error
+        raise WeightsError(f"{path} is not a complete safetensors file.") from error
     return dict(header)

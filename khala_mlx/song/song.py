@@ -1,9 +1,8 @@
-"""A finished song: its sound, its codes, and all that is needed to make it again."""
+"""A song: its sound, its codes, and the record of how it was made."""
 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,15 +12,14 @@ import numpy as np
 
 from khala_mlx.audio import files as audio
 from khala_mlx.audio import player
-from khala_mlx.audio.mastering import Finish
+from khala_mlx.audio.mastering import Mastering
 from khala_mlx.audio.tags import clean
-from khala_mlx.errors import AudioError, KhalaWarning
-from khala_mlx.song.record import read_record, sidecar_path
+from khala_mlx.errors import AudioError
+from khala_mlx.song.record import sidecar_path
 from khala_mlx.song.take import SUFFIX, Take
 from khala_mlx.storage.atomic import appears_whole, check_destination
 from khala_mlx.text import shown
 
-SIDECAR_VERSION = 1
 _LONGEST_TITLE = 200
 # Left out of the tags, so that the same song is the same file.
 _OF_ONE_RUN = ("output", "created", "timings")
@@ -34,9 +32,9 @@ class Song:
     Attributes:
         waveform: float32 [L, C], about -1..1.
         sample_rate: samples a second.
-        codes: integers [K, T], or of the first layers alone where it is a draft.
-        metadata: the content of the sidecar.
-        take: what the song was made from.
+        codes: integers [K, T]; fewer than K codebooks if it is a draft.
+        metadata: the record of how it was made, as in song.json.
+        take: the take that the song was made from.
     """
 
     waveform: np.ndarray
@@ -45,9 +43,13 @@ class Song:
     metadata: dict[str, Any] = field(default_factory=dict)
     take: Take | None = None
 
+    def __repr__(self) -> str:
+        size = f"{self.duration:.2f} s at {self.sample_rate} Hz"
+        return f"<Song: {size}, codes {list(np.shape(self.codes))}>"
+
     @property
     def duration(self) -> float:
-        """Seconds."""
+        """Length in seconds."""
         return len(self.waveform) / self.sample_rate
 
     def save(
@@ -65,37 +67,37 @@ class Song:
     ) -> Path:
         """Write the sound (wav, flac, ogg, mp3 by suffix), song.json and song.take.safetensors.
 
-        Samples beyond full scale are reported as a KhalaWarning; by default the song is then
-        scaled down to -1 dBFS instead of clipped.
+        A song that would clip is scaled down to -1 dBFS by default; either way a KhalaWarning
+        reports it.
 
         Args:
             bit_depth: "16", "24" or "float".
-            loudness: LUFS to bring the song to, as far as a true peak of -1 dBTP allows.
-            fade: seconds over which the end fades out.
-            title, artist: for the file's tags; the title is by default what was asked for.
-            finishing: a take and a sidecar that are there are this song's own, from when it was
-                begun, and are replaced.
+            loudness: target in LUFS, reached as closely as a true peak of -1 dBTP allows.
+            fade: length of the fade-out in seconds.
+            title, artist: for the file's tags; the default title is the description or the tags.
+            overwrite: replace files that exist.
+            finishing: replace the take and song.json: they are this song's own unfinished ones.
 
         Raises:
-            KhalaError: if one of the three files exists (and `overwrite` is false), the suffix or
-                depth cannot be served, or writing fails.
+            KhalaError: if one of the three files exists, the suffix or bit depth is not supported,
+                or writing fails.
         """
         path = Path(path)
         audio.check_output(path, bit_depth)
         audio.check_waveform(self.waveform)
         self._check()
-        finish = Finish(normalize, loudness, fade, bit_depth)
+        mastering = Mastering(normalize, loudness, fade, bit_depth)
         if finishing:
             check_destination(path)
         else:
             check_free(path, overwrite=overwrite)
-        waveform, levels = finish.apply(self.waveform, self.sample_rate)
+        waveform, levels = mastering.apply(self.waveform, self.sample_rate)
         named = {n: clean(str(text)) for n, text in (("title", title), ("artist", artist)) if text}
         file = {"file": clean(path.name), "bit_depth": bit_depth}
         self.metadata["output"] = {**file, **named, **levels}
         replace = overwrite or finishing
         # Nested, so that a failure while writing any of the three leaves none of them. The sound
-        # appears last: where it is, all is.
+        # appears last: if it exists, all three do.
         with (
             appears_whole(path, overwrite=overwrite) as sound,
             appears_whole(sidecar_path(path), overwrite=replace) as sidecar,
@@ -110,17 +112,17 @@ class Song:
         return path
 
     def play(self) -> None:
-        """Play on the default device and wait for the end."""
+        """Play the song on the default device and wait for the end."""
         waveform = audio.fit_scale(self.waveform, normalize=True)[0]
         player.play(player.Track.whole(waveform, self.sample_rate))
 
     def _check(self) -> None:
-        """Refuse what a song of one's own may have been given, and no file holds."""
+        """Raise AudioError for values that no file can store; users may build songs themselves."""
         rate, codes = self.sample_rate, self.codes
         if not isinstance(rate, (int, np.integer)) or not 0 < rate < 2**31:
-            raise AudioError(f"sample_rate has to be a whole number above 0, got {shown(rate)}.")
+            raise AudioError(f"sample_rate must be a whole number above 0, got {shown(rate)}.")
         if not isinstance(codes, np.ndarray) or codes.ndim != 2 or codes.dtype.kind not in "iu":
-            raise AudioError("The codes of a song have to be an array of integers [K, T].")
+            raise AudioError("The codes of a song must be an array of integers [K, T].")
 
     def _own_take(self) -> Take:
         return Take(self.metadata, self.codes, num_codebooks=len(self.codes))
@@ -141,7 +143,7 @@ class Song:
             "prompt": about,
             "seed": str(request.get("seed", "")),
             "model": model.get("name", ""),
-            # ASCII, which every tag of every format holds alike.
+            # ASCII, which the tags of every format store alike.
             "record": json.dumps(record, separators=(",", ":")),
         }
 
@@ -157,60 +159,7 @@ def take_path(path: Path) -> Path:
 
 
 def check_free(path: Path, *, overwrite: bool = False) -> None:
-    """Refuse if the song, its sidecar or its take exists already or could not be written."""
+    """Raise KhalaError if the song, its record or its take exists or could not be written."""
     if not overwrite:
         for each in (path, sidecar_path(path), take_path(path)):
             check_destination(each)
-
-
-def warn_other_model(path: Path, identity: str) -> None:
-    """Warn if the record of a song names another model than the one of this `identity`."""
-    model = read_record(path).get("model")
-    known = model.get("config_sha256") if isinstance(model, dict) else None
-    if isinstance(model, dict) and known and known != identity:
-        warnings.warn(
-            f"{path} was made by another model ({shown(model.get('name'))}): the song will differ.",
-            KhalaWarning,
-            stacklevel=2,
-        )
-
-
-def continued(path: Path) -> dict[str, Any]:
-    """What a record tells of the beginning that its song took over; empty if it took none."""
-    told = read_record(path).get("continued")
-    return told if isinstance(told, dict) else {}
-
-
-def warn_continued(path: Path, beginning: Mapping[str, Any] | None) -> None:
-    """Warn if the song of a record took over another beginning than this, or there is none."""
-    told = continued(path)
-    if not told or (beginning and told.get("codes_sha256") == beginning["codes_sha256"]):
-        return
-    how = "with another beginning" if beginning else "without --continue"
-    warnings.warn(
-        f"The song of {path} goes on from {shown(told.get('file'))}, "
-        f"{shown(told.get('seconds'))} s of it: {how} this is another song.",
-        KhalaWarning,
-        stacklevel=2,
-    )
-
-
-def warn_other_adapters(sidecar: Path, adapters: list[dict[str, Any]]) -> None:
-    """Warn if a song.json names other adapters than these (see Khala.adapters)."""
-    model = read_record(sidecar).get("model")
-    found = model.get("adapters") if isinstance(model, dict) else None
-    listed = found if isinstance(found, list) else []
-    named = [each for each in listed if isinstance(each, dict)]
-
-    def effect(every: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
-        return [(each.get("sha256"), each.get("scale")) for each in every]
-
-    if effect(named) != effect(adapters):
-        told = ", ".join(
-            f"{shown(each.get('name'))} at {shown(each.get('scale'))}" for each in named
-        )
-        warnings.warn(
-            f"{sidecar} was made with other adapters ({told or 'none'}): the song will differ.",
-            KhalaWarning,
-            stacklevel=2,
-        )

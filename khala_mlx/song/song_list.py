@@ -76,9 +76,9 @@ def read_list(path: Path, suffix: str = ".wav") -> list[Entry]:
     except OSError as error:
         raise KhalaError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise KhalaError(f"{path} is no UTF-8 text.") from error
+        raise KhalaError(f"{path} is not valid UTF-8. Save it as UTF-8 and try again.") from error
     if path.suffix.lower() not in (".jsonl", ".csv"):
-        raise KhalaError(f"{path} has to end in .jsonl or .csv, the formats of lists.")
+        raise KhalaError(f"{path} must end in .jsonl or .csv, the formats of lists.")
     lines = _json_lines(text) if path.suffix.lower() == ".jsonl" else _csv_lines(text, path)
     entries = [_entry(line, values, suffix) for line, values in lines]
     if not entries:
@@ -123,7 +123,7 @@ def _csv_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
             elif told := {k: v for k, v in row.items() if v and v.strip()}:
                 yield reader.line_num, _typed(told)
     except csv.Error as error:
-        raise KhalaError(f"{path} is no CSV file: {error}.") from error
+        raise KhalaError(f"{path} is not a CSV file: {error}.") from error
 
 
 def _typed(row: Mapping[str, str]) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _value(kind: Any, text: str) -> Any:
 def _entry(line: int, values: Any, suffix: str) -> Entry:
     name = f"song-{line:04d}{suffix}"
     if not isinstance(values, dict):
-        return Entry(line, name, {}, {}, f"line {line} is no song: it has to be one JSON object.")
+        return Entry(line, name, {}, {}, f"line {line} is not a song: it must be one JSON object.")
     known = {*_FIELDS, OUTPUT, *OF_THE_FILE}
     if unknown := sorted(str(each) for each in values if each not in known):
         near = get_close_matches(unknown[0].replace("-", "_"), sorted(known), 1)
@@ -160,7 +160,7 @@ def _entry(line: int, values: Any, suffix: str) -> Entry:
     names = {each: values[each] for each in OF_THE_FILE if each in values}
     error = _wrong_name(line, output)
     if not all(isinstance(text, str) and is_text(text) for text in names.values()):
-        error = f"line {line}: title and artist have to be text."
+        error = f"line {line}: title and artist must be text."
     if error:
         return Entry(line, name, {}, {}, error)
     return Entry(line, output, {k: v for k, v in values.items() if k in _FIELDS}, names)
@@ -169,9 +169,9 @@ def _entry(line: int, values: Any, suffix: str) -> Entry:
 def _wrong_name(line: int, output: Any) -> str:
     """Why a name cannot be a song's; it must not lead out of the destination."""
     if not isinstance(output, str) or not is_plain_name(output) or not output.isprintable():
-        return f"line {line}: output has to be a file name without folders, got {shown(output)}."
+        return f"line {line}: output must be a file name without folders, got {shown(output)}."
     if output.startswith(".") or Path(output).suffix.lower() not in audio.SUFFIXES:
-        return f"line {line}: output has to end in one of {', '.join(audio.SUFFIXES)}."
+        return f"line {line}: output must end in one of {', '.join(audio.SUFFIXES)}."
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Adapters of the backbone as files: mlx-lm's layout, and what has to hold for a model to take one.
+"""Adapters of the backbone as files: mlx-lm's layout, and what must hold for a model to take one.
 
 Knows shapes and names, no models; how a layer works with an adapter on it is in lora.py.
 """
@@ -136,9 +136,9 @@ class Adapter:
         """Refuse to work, at this strength, on a model that this adapter does not fit.
 
         Raises:
-            AdapterError: naming every layer the model lacks, every misshapen array, and arrays
-                that are not finite, or would not be once scaled; or that the adapter belongs to
-                another backbone.
+            AdapterError: naming every layer the model does not have, every misshapen array, and
+                arrays that are not finite, or would not be once scaled; or that the adapter
+                belongs to another backbone.
         """
         sizes = linear_sizes(config.backbone)
         if not self.pairs:
@@ -158,7 +158,7 @@ class Adapter:
             )
         factor = abs(self.scale * strength)
         largest = max(float(np.abs(pair.b).max(initial=0)) for pair in self.pairs.values())
-        # Not so where either is no number.
+        # Not so where either is not a number.
         if not (math.isfinite(factor) and largest * factor <= float(np.finfo(np.float32).max)):
             raise AdapterError(
                 f"The adapter {shown(self.name)} cannot be scaled by {self.scale:g}, nor at a "
@@ -273,7 +273,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         loaded: Any = mx.load(str(path), format="safetensors")
         return {name: np.array(array.astype(mx.float32)) for name, array in loaded.items()}
     except (RuntimeError, ValueError) as error:
-        raise AdapterError(f"{path} is no whole safetensors file.") from error
+        raise AdapterError(f"{path} is not a complete safetensors file.") from error
 
 
 def _wrong(path: str, pair: Pair, sizes: Mapping[str, tuple[int, int]]) -> list[str]:

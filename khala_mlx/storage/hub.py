@@ -137,9 +137,9 @@ def _told(repo: str, error: Exception) -> HubError:
             f"{name} cannot be reached on the Hugging Face Hub and was not downloaded before."
         )
     elif isinstance(error, errors.EntryNotFoundError):
-        text = f"{name} on the Hugging Face Hub lacks a file that is needed."
+        text = f"{name} on the Hugging Face Hub is missing a file that is needed."
     elif isinstance(error, errors.HFValidationError):
-        text = f"{name} is no valid name of a repository on the Hugging Face Hub."
+        text = f"{name} is not a valid name of a repository on the Hugging Face Hub."
     elif isinstance(error, OSError) and error.errno is not None and error.strerror:
         text = f"{name} cannot be downloaded: {error.strerror}."
     else:

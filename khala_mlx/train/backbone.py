@@ -23,7 +23,7 @@ from khala_mlx.train.settings import BackboneTraining
 def audio_loss(model: Transformer, layout: TokenLayout, rows: mx.array) -> mx.array:
     """Mean nats per audio token of rows [B, S], the end of the song included.
 
-    Prompt and padding (-1) are no targets. Attention is causal, so what stands behind a row's end
+    Prompt and padding (-1) are not targets. Attention is causal, so what stands behind a row's end
     changes nothing before it. The vocabulary is the backbone's, also for superres.
     """
     inputs, targets = rows[:, :-1], rows[:, 1:]
@@ -60,7 +60,7 @@ class BackboneTask:
         """Nothing is learnt without gradients."""
 
     def validate(self) -> dict[str, float]:
-        """Nats per audio token on the held-out songs, each batch as long as it has to be."""
+        """Nats per audio token on the held-out songs, each batch as long as it must be."""
         size, total = self.settings.schedule.batch_size, 0.0
         for start in range(0, len(self.valid), size):
             rows = self._rows(self.valid[start : start + size])

@@ -1,4 +1,4 @@
-"""Everything a run needs to go on as if it had never stopped, in one file written atomically."""
+"""Everything a run needs to continue as if it had never stopped, in one file written atomically."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def load(
             part, rest = name.split(".", 1)
             parts[part][rest] = array
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{path} is no whole checkpoint.") from error
+        raise WeightsError(f"{path} is not a complete checkpoint.") from error
     if made_with != json.loads(json.dumps(settings)):
         raise WeightsError(f"{path} was made with other settings or songs; resume with the same.")
     if _shapes(parts["model"]) != _shapes(dict(tree_flatten(weights))):

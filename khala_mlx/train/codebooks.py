@@ -77,7 +77,7 @@ def follow(
 ) -> dict[str, mx.array]:
     """Move the codebooks that `averages` cover towards latents [n, D].
 
-    A code that is chosen less than `dead_below` times a step, on average, starts anew on a
+    A code that is chosen less than `dead_below` times a step, on average, starts again on a
     residual of this step.
     """
     layers, size = averages["ema_count"].shape

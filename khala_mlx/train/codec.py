@@ -52,7 +52,7 @@ class CodecTask:
     def __init__(
         self, settings: CodecTraining, sounds: Sounds, held_out: Sounds, *, fresh: bool = True
     ) -> None:
-        """`fresh` is False for a run that goes on: its weights come from the checkpoint."""
+        """`fresh` is False for a run that continues: its weights come from the checkpoint."""
         self.settings, self.sounds, self.held_out = settings, sounds, held_out
         mx.random.seed(settings.schedule.seed)
         self.model = Trainee(settings)

@@ -2,7 +2,7 @@
 
 A strided encoder can hold, stage by stage, a linear projection of blocks of samples, and the
 decoder the way back. With the projections that lose least (principal components) the codec
-reconstructs from its first step, and training only has to improve on that; from random weights
+reconstructs from its first step, and training only must improve on that; from random weights
 the decoder ignores the latents for thousands of steps.
 """
 

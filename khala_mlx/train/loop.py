@@ -128,7 +128,7 @@ class Run:
         log = self.folder / LOG
         if not resume:
             if self.writes and (log.exists() or (self.folder / checkpoint.FILE).exists()):
-                raise KhalaError(f"{self.folder} holds a run already; go on with --resume.")
+                raise KhalaError(f"{self.folder} holds a run already; continue with --resume.")
             self._save(0, optimizer)
             return 0
         step, self.task.state = checkpoint.load(
@@ -155,14 +155,14 @@ class Run:
                 log.write(json.dumps(entry) + "\n")
         except OSError as error:
             raise KhalaError(
-                f"{self.folder / LOG} cannot be written: {error.strerror}; go on with --resume."
+                f"{self.folder / LOG} cannot be written: {error.strerror}; continue with --resume."
             ) from error
 
     def _check_finite(self, step: int, loss: float, norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise KhalaError(
                 f"Step {step + 1} gave a loss of {loss} with a gradient of {norm}; lower the "
-                "learning rate and go on from the last checkpoint with --resume."
+                "learning rate and continue from the last checkpoint with --resume."
             )
 
 
@@ -173,7 +173,7 @@ def entries(log: Path) -> list[dict[str, float]]:
         found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
         return [{**entry, "step": int(entry["step"])} for entry in found]
     except (ValueError, KeyError, TypeError) as error:
-        raise KhalaError(f"{log} is damaged; remove it to go on without.") from error
+        raise KhalaError(f"{log} is damaged; remove it to continue without.") from error
 
 
 def make_optimizer(schedule: Schedule) -> optim.Optimizer:

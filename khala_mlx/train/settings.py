@@ -1,4 +1,4 @@
-"""What a training run is told, as strict dataclasses that a JSON file can fill."""
+"""The settings of a training run: strict dataclasses that a JSON file can fill."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ class Schedule(Strict):
         self.check_types("schedule")
         for name in ("steps", "batch_size", "checkpoint_every", "validate_every"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"schedule: {name} has to be above 0.")
+                raise ConfigError(f"schedule: {name} must be above 0.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError("schedule: betas have to be two numbers from 0 to below 1.")
+            raise ConfigError("schedule: betas must be two numbers from 0 to below 1.")
         if self.learning_rate <= 0 or self.clip_norm <= 0:
-            raise ConfigError("schedule: learning_rate and clip_norm have to be above 0.")
+            raise ConfigError("schedule: learning_rate and clip_norm must be above 0.")
         if self.final_fraction < 0 or self.weight_decay < 0:
-            raise ConfigError("schedule: final_fraction and weight_decay have to be 0 or above.")
+            raise ConfigError("schedule: final_fraction and weight_decay must be 0 or above.")
         if not 0 <= self.seed < 2**64:
-            raise ConfigError("schedule: seed has to be a whole number from 0 to 2**64 - 1.")
+            raise ConfigError("schedule: seed must be a whole number from 0 to 2**64 - 1.")
         if self.warmup < 0 or self.keep_every < 0:
-            raise ConfigError("schedule: warmup and keep_every have to be 0 or above.")
+            raise ConfigError("schedule: warmup and keep_every must be 0 or above.")
 
 
 class _FromFile(Strict):
@@ -109,15 +109,15 @@ class CodecTraining(_FromFile):
     def __post_init__(self) -> None:
         for name in ("crop_frames", "quantise_after", "fit_frames"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} has to be above 0.")
+                raise ConfigError(f"{name} must be above 0.")
         if not 0 <= self.ema_decay < 1:
-            raise ConfigError("ema_decay has to lie in 0 to below 1.")
+            raise ConfigError("ema_decay must lie in 0 to below 1.")
         if not 1 <= self.trained_layers <= self.codec.num_codebooks:
-            raise ConfigError("trained_layers has to lie in 1..codec.num_codebooks.")
+            raise ConfigError("trained_layers must lie in 1..codec.num_codebooks.")
         if not self.layer_choices or not all(
             0 <= n <= self.trained_layers for n in self.layer_choices
         ):
-            raise ConfigError("layer_choices have to lie in 0..trained_layers.")
+            raise ConfigError("layer_choices must lie in 0..trained_layers.")
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,9 @@ class SuperResTraining(_FromFile):
     def __post_init__(self) -> None:
         _check_vocabulary("superres", self.superres.vocab_size, self.tokens.superres_vocab)
         if min(self.align_weight, self.align_songs, self.layer_focus) < 0:
-            raise ConfigError("align_weight, align_songs and layer_focus have to be 0 or above.")
+            raise ConfigError("align_weight, align_songs and layer_focus must be 0 or above.")
         if self.layer_focus > _MOST_FOCUS:
-            raise ConfigError(f"layer_focus has to be {_MOST_FOCUS:g} at most.")
+            raise ConfigError(f"layer_focus must be {_MOST_FOCUS:g} at most.")
 
 
 def _check_vocabulary(part: str, size: int, wanted: int) -> None:
@@ -214,17 +214,17 @@ class LoraTraining(Strict):
     def __post_init__(self) -> None:
         for name in ("rank", "accumulate"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"lora: {name} has to be above 0.")
+                raise ConfigError(f"lora: {name} must be above 0.")
         for name in ("scale", "max_seconds"):
             if not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"lora: {name} has to be a number.")
+                raise ConfigError(f"lora: {name} must be a number.")
         for name in ("layers", "max_seconds", "patience"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"lora: {name} has to be 0 or above.")
+                raise ConfigError(f"lora: {name} must be 0 or above.")
         for name in ("dropout", "replay_share"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"lora: {name} has to lie in 0 to below 1.")
+                raise ConfigError(f"lora: {name} must lie in 0 to below 1.")
         if unknown := [name for name in self.modules if name not in LINEARS]:
             raise ConfigError(f"lora: modules are {', '.join(LINEARS)}, not {listed(unknown)}.")
         if not self.modules or len(set(self.modules)) < len(self.modules):
-            raise ConfigError("lora: modules has to name each linear layer once.")
+            raise ConfigError("lora: modules must name each linear layer once.")

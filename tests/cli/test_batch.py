@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from launching import alone, launched, needs_ring
 
 from khala_mlx.cli import main
-from khala_mlx.cli.awake import keep_awake
+from khala_mlx.cli.commands.batch import keep_awake
 from khala_mlx.errors import KhalaError
 from khala_mlx.model.codec import Codec
 from khala_mlx.song.song_list import State, owners, read_list

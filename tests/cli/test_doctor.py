@@ -8,7 +8,8 @@ import fake_sounddevice
 import pytest
 from click.testing import CliRunner
 
-from khala_mlx.cli import doctor, main
+from khala_mlx.cli import main
+from khala_mlx.cli.commands import machine as doctor
 from khala_mlx.config import KhalaConfig
 from khala_mlx.performance.machine import mac_with
 from khala_mlx.performance.memory import Setting

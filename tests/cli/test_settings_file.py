@@ -60,15 +60,15 @@ def test_what_a_song_recorded_goes_before_the_defaults(tiny_folder: Path) -> Non
     [
         ("[generate]\ntag = 'a'", "option 'tag' does not exist. Did you mean 'tags'?"),
         ("[genrate]\ntags = 'a'", "command 'genrate' does not exist. Did you mean 'generate'?"),
-        ("generate = 3", "'generate' has to be a table"),
+        ("generate = 3", "'generate' must be a table"),
         ("[generate", "no TOML"),
         ("[generate]\ntags = ['a']", "one value"),
         ("[generate]\nminutes = 'two'", "--minutes"),
         ("[models.list]\njason = true", "Did you mean 'json'?"),
-        ("[generate]\nadapter = [['a']]", "[generate]: adapter has to be one value"),
-        ("[generate]\nadapter = [true]", "adapter is no switch"),
-        ("[generate]\nlyrics-file = true", "lyrics-file is no switch"),
-        ("[generate]\nseed = true", "seed is no switch"),
+        ("[generate]\nadapter = [['a']]", "[generate]: adapter must be one value"),
+        ("[generate]\nadapter = [true]", "adapter is not a switch"),
+        ("[generate]\nlyrics-file = true", "lyrics-file is not a switch"),
+        ("[generate]\nseed = true", "seed is not a switch"),
     ],
 )
 def test_wrong_files(text: str, sentence: str) -> None:
@@ -141,7 +141,7 @@ def test_completion(shell: str) -> None:
 def test_every_example_of_the_help_is_valid() -> None:
     import shlex
 
-    from khala_mlx.cli.examples_of import EXAMPLES
+    from khala_mlx.cli.main import EXAMPLES
 
     Path("words.txt").write_text("la")
     for name, text in EXAMPLES.items():

@@ -22,7 +22,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def whole(tiny_folder: Path) -> bytes:
-    """The sound that every way has to lead to; made in a folder of its own."""
+    """The sound that every way must lead to; made in a folder of its own."""
     generate(tiny_folder, "-o", "whole/a.wav")
     return Path("whole/a.wav").read_bytes()
 
@@ -207,7 +207,7 @@ def test_a_draft_that_another_model_rendered_stays_that_of_its_own(
         Path("a.draft-4.wav").unlink(missing_ok=True)
         heard = run("render", "a.take.safetensors", "-m", other, "-o", output)
         assert heard.exit_code == 0, heard.stderr
-        assert "begun by another model" in heard.stderr
+        assert "started by another model" in heard.stderr
     for name in "ab":
         failed(run("generate", "--resume", f"{name}.take.safetensors", "-m", other), "another")
         assert run("generate", "--resume", f"{name}.take.safetensors").exit_code == 0
@@ -241,7 +241,7 @@ def test_what_is_told_to_type_can_be_typed_whatever_the_name(tiny_folder: Path) 
 def test_what_is_no_text_is_refused_before_any_work(tiny_folder: Path, option: list[str]) -> None:
     result = run("generate", "-m", tiny_folder, *SHORT, *option)
     assert result.exit_code != 0
-    assert "is no valid text" in result.stderr
+    assert "is not valid text" in result.stderr
     assert names() == []
 
 

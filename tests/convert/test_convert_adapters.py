@@ -203,7 +203,7 @@ def test_a_list_of_some_modules(tmp_path: Path) -> None:
         (("3.A",), {"epoch": 1}, "no whole list of 7 pairs for each layer: 3.A do not fit in"),
         (("13.A", "13.B"), {"epoch": 1}, "13 pairs do not fit in"),
         (("3.A", "3.B"), {"epoch": 1}, "13.A, 13.B, 3.A, 3.B do not fit in"),
-        ((), {"targets": ["lm_head"]}, "layers that the backbone lacks: lm_head"),
+        ((), {"targets": ["lm_head"]}, "layers that the backbone does not have: lm_head"),
         ((), {"config": {"lora_r": 0}}, "no sensible rank"),
         ((), {"config": {"lora_alpha": "x"}}, "no sensible rank"),
     ],
@@ -230,7 +230,7 @@ def test_nothing_in_a_torch_file_runs(tmp_path: Path) -> None:
 
 def test_matrices_that_are_none(tmp_path: Path) -> None:
     tensors = {name: array.reshape(-1) for name, array in listed(random_adapter(CONFIG)).items()}
-    with pytest.raises(KhalaError, match=r"0\.A is no matrix"):
+    with pytest.raises(KhalaError, match=r"0\.A is not a matrix"):
         read_adapter(write_pt(tmp_path / "flat.pt", tensors))
 
 
@@ -243,7 +243,7 @@ def test_mlx_folders_and_what_is_no_adapter(tmp_path: Path) -> None:
         read_adapter(tmp_path)
     with pytest.raises(KhalaError, match="There is no adapter"):
         read_adapter(tmp_path / "absent")
-    with pytest.raises(KhalaError, match="format has to be one of peft, mlx, got gguf"):
+    with pytest.raises(KhalaError, match="format must be one of peft, mlx, got gguf"):
         export_adapter(adapter, tmp_path / "new", "gguf")
     with pytest.raises(KhalaError, match="exists already"):
         export_adapter(adapter, tmp_path / "mlx", "peft")

@@ -236,7 +236,7 @@ def test_misshapen_tensors_are_all_named(source: Path) -> None:
     ("name", "shape", "message"),
     [
         ("output_layer.weight", (128256, 20), r"output_layer.weight \[128256, 20\] instead of"),
-        ("embedding.word_embeddings.weight", (9,), "is no matrix"),
+        ("embedding.word_embeddings.weight", (9,), "is not a matrix"),
         ("decoder.layers.0.mlp.linear_fc1.weight_w", (40, 20), "ffn_hidden_size"),
         ("decoder.layers.0.self_attention.linear_qkv.weight", (28, 20), "num_query_groups"),
         ("decoder.layers.0.self_attention.linear_proj.weight", (20, 14), "num_attention_heads"),
@@ -260,7 +260,7 @@ def test_no_layers(source: Path) -> None:
     ("name", "shape", "message"),
     [
         ("encoder.block.1.block.4.weight_v", (6, 3, 5), "misshapen|even numbers|one hop"),
-        ("encoder.block.1.block.4.weight_v", (6, 3), "is no convolution"),
+        ("encoder.block.1.block.4.weight_v", (6, 3), "is not a convolution"),
         ("quantizer.vq_layer_3._codebook.embed", (15, 7), "misshapen: quantizer.vq_layer_3"),
         ("quantizer.vq_layer_0._codebook.embed", (), "codebook_size"),
         ("decoder.model.4.alpha", (1, 6, 1), r"decoder.model.4.alpha \[1, 6, 1\]"),
@@ -472,7 +472,7 @@ def test_zips_that_torch_does_not_write(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     root = pickled({"x": 1})
     for entries, message in (
-        ({"a/version": b"3"}, "lacks data.pkl"),
+        ({"a/version": b"3"}, "is missing data.pkl"),
         ({"a/data.pkl": root, "b/data.pkl": root}, "holds data.pkl twice"),
         ({"a/data.pkl": root, "a/byteorder": b"big"}, "little-endian"),
         ({"a/data.pkl": b"garbage"}, "no readable pickle"),
@@ -684,7 +684,7 @@ def test_two_codecs_and_two_iterations(source: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "\xff"])
 def test_arguments_that_are_no_json(port: Path, text: str) -> None:
     (port / "superres_megatron_args.json").write_bytes(text.encode("latin-1"))
-    refused(port, "superres: superres_megatron_args.json (is no valid JSON|holds no JSON object)")
+    refused(port, "superres: superres_megatron_args.json (is not valid JSON|holds no JSON object)")
 
 
 def test_common_without_arguments(source: Path) -> None:

@@ -135,7 +135,7 @@ def test_refusals(
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (errors.EntryNotFoundError("no\nfile"), "lacks a file"),
+        (errors.EntryNotFoundError("no\nfile"), "is missing a file"),
         (http_error(errors.HfHubHTTPError), r"cannot be fetched .*\(HfHubHTTPError\)"),
         (OSError(28, "No space left on device"), "cannot be downloaded: No space left on device"),
         (ConnectionError("no\nroute"), r"cannot be fetched .*\(ConnectionError\)"),
@@ -185,7 +185,7 @@ def test_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for also in ("", "other.json", "absent.json"):
         assert hub.download_file(REPO, "a.json", also=also) == tmp_path / "a.json"
     assert asked == ["a.json", "a.json", "other.json", "a.json", "absent.json"]
-    with pytest.raises(KhalaError, match="lacks a file"):
+    with pytest.raises(KhalaError, match="is missing a file"):
         hub.download_file(REPO, "absent.json")
 
 

@@ -34,7 +34,7 @@ def test_parts_apart_from_the_rest() -> None:
     ("arguments", "sentence"),
     [
         (("5", 64, None), "4, 6, 8, mxfp4, mxfp8, got 5"),
-        (("4", 48, None), "group_size has to be one of 32, 64, 128, got 48"),
+        (("4", 48, None), "group_size must be one of 32, 64, 128, got 48"),
         (("4", 64, {"codec": "4"}), "embedding, head, body, superres, got codec"),
         ((None, 64, {"head": "two"}), "got two"),
     ],

@@ -1,4 +1,4 @@
-"""Options, packing, files and progress of a conversion; and what is left when it does not end."""
+"""Options, quantization, files and progress of a conversion, and what a failed one leaves."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_damaged_model_folders(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConvertError, match=r"backbone: 1 tensors are missing: norm.weight"):
         convert(broken, tmp_path / "x")
     (broken / "config.json").write_text("{")
-    with pytest.raises(KhalaError, match="no valid JSON"):
+    with pytest.raises(KhalaError, match="not valid JSON"):
         convert(broken, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
@@ -306,11 +306,11 @@ def test_headers_are_aligned(model: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8"}, "dtype has to be one of bfloat16, float16, float32, got int8"),
-        ({"codec_dtype": "bfloat16"}, "codec_dtype has to be one of float32, float16"),
-        ({"quantize": 5}, "quantize has to be one of 4, 6, 8, mxfp4, mxfp8, got 5"),
-        ({"group_size": 16}, "group_size has to be one of 32, 64, 128, got 16"),
-        ({"fc1_bias": "triple"}, "fc1_bias has to be one of double, single, got triple"),
+        ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, got int8"),
+        ({"codec_dtype": "bfloat16"}, "codec_dtype must be one of float32, float16"),
+        ({"quantize": 5}, "quantize must be one of 4, 6, 8, mxfp4, mxfp8, got 5"),
+        ({"group_size": 16}, "group_size must be one of 32, 64, 128, got 16"),
+        ({"fc1_bias": "triple"}, "fc1_bias must be one of double, single, got triple"),
     ],
 )
 def test_options(source: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:

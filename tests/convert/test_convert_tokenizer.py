@@ -65,14 +65,14 @@ def test_missing_specials_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no valid JSON"),
+        ("", "not valid JSON"),
         ("[]", "no JSON object"),
-        ("[" * 100_000, "no valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ("{}", "no vocabulary"),
         ('{"model":{"vocab":[]},"added_tokens":[]}', "no vocabulary"),
         ('{"model":{"vocab":{}},"added_tokens":[5]}', "malformed or contradictory"),
         ('{"model":{"vocab":{"a":1}},"added_tokens":[{"content":"a","id":2}]}', "contradictory"),
-        ('{"model":{"vocab":{"a":"1"}},"added_tokens":[]}', "ids that are no numbers"),
+        ('{"model":{"vocab":{"a":"1"}},"added_tokens":[]}', "ids that are not numbers"),
     ],
 )
 def test_malformed_files(tmp_path: Path, text: str, message: str) -> None:
@@ -85,7 +85,7 @@ def test_malformed_files(tmp_path: Path, text: str, message: str) -> None:
 def test_a_malformed_config_beside_it(tmp_path: Path) -> None:
     path = write_tokenizer(tmp_path)
     path.with_name("tokenizer_config.json").write_text("{")
-    with pytest.raises(ConvertError, match=r"tokenizer_config.json is no valid JSON"):
+    with pytest.raises(ConvertError, match=r"tokenizer_config.json is not valid JSON"):
         checked(path, "given", LAYOUT)
 
 
@@ -115,7 +115,7 @@ def test_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         found = find(given, tmp_path, LAYOUT)
         assert (found.path, found.origin) == (path, "given")
     for given in (tmp_path / "none", "none.json", tmp_path):
-        with pytest.raises(ConvertError, match=r"is no tokenizer.json, nor a folder"):
+        with pytest.raises(ConvertError, match=r"is not a tokenizer.json, nor a folder"):
             find(given, tmp_path, LAYOUT)
     monkeypatch.setattr(hub, "download_file", lambda *_, **__: path)
     assert find("owner/name", tmp_path, LAYOUT).origin == "owner/name"

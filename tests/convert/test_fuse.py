@@ -122,7 +122,7 @@ def test_fuse_from_the_command_line(tiny_folder: Path, tmp_path: Path) -> None:
     options = ["-m", tiny_folder, "--adapter", tmp_path / "one", "--adapter", tmp_path / "two"]
     result = run(tmp_path / "fused", *options, "--adapter-scale", 0.8, "--adapter-scale", 0.5)
     assert result.exit_code == 0, result.stderr
-    assert "14 changed, 0 of them no longer packed" in result.stdout
+    assert "14 changed, 0 of them no longer quantized" in result.stdout
     fused, adapted = Khala.from_pretrained(tmp_path / "fused"), with_adapters(tiny_folder)
     assert np.abs(fused.backbone(IDS) - adapted.backbone(IDS)).max() < 20 * CLOSE
     result = run(tmp_path / "more", *options, "--adapter-scale", 0.8)

@@ -46,13 +46,13 @@ def test_laws_are_found() -> None:
     assert law["worst"] < 1e-6
     assert law["factors"][1] == pytest.approx(2)
     assert law["factors"][2] == pytest.approx(0.01)
-    # A falling line has no factors above zero; the rest is told.
+    # A falling line has no factors above zero; the rest is reported.
     assert fitted([1, 2], [2.0, 1.0], (0, 1))["worst"] > 0.2
 
 
 @pytest.fixture
 def packable(tmp_path: Path) -> Path:
-    """A tiny model whose matrices are wide enough to be packed."""
+    """A tiny model whose matrices are wide enough to be quantized."""
     config, body = KhalaConfig.tiny(), {"hidden_size": 64, "intermediate_size": 128}
     parts = {name: replace(getattr(config, name), **body) for name in ("backbone", "superres")}
     return write_tiny_model(tmp_path / "full", replace(config, **parts))
@@ -68,7 +68,7 @@ def test_memory(packable: Path, tmp_path: Path) -> None:
     plain, four = told["measured"]["plain"], told["measured"]["4"]
     for stage in ("compose", "refine"):
         assert four[stage]["file_bytes"] < 0.5 * plain[stage]["file_bytes"]
-        # Packed weights stay packed, or both would be alike.
+        # Quantized weights stay quantized, or both would be alike.
         assert four[stage]["peak_bytes"] < plain[stage]["peak_bytes"]
         assert four[stage]["forecast_bytes"] < plain[stage]["forecast_bytes"]
     assert four["render"]["file_bytes"] == plain["render"]["file_bytes"]

@@ -223,7 +223,7 @@ def test_wrong_arguments_are_refused(wrong: dict) -> None:
     import corpus
 
     arguments = {"seed": 0, "split": "train"} | wrong
-    with pytest.raises(ValueError, match=r"choose|has to"):
+    with pytest.raises(ValueError, match=r"choose|must"):
         corpus.song(**arguments)
 
 

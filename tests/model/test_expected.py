@@ -11,8 +11,8 @@ from tiny_model import write_tiny_model
 
 from khala_mlx import Khala, KhalaError
 from khala_mlx.config import SuperResConfig, TokenLayout
-from khala_mlx.model.expected import Expected
-from khala_mlx.model.superres import SuperRes
+from khala_mlx.model.sampling import Detail
+from khala_mlx.model.superres import Expected, SuperRes
 from khala_mlx.prompt.request import Request
 from khala_mlx.song.take import Take
 
@@ -94,7 +94,7 @@ def model() -> SuperRes:
 def test_in_pieces_it_gives_the_same(model: SuperRes, codebooks: mx.array, frames: int) -> None:
     coarse, key = np.random.default_rng(0).integers(0, SIZE, (2, frames)), mx.random.key(0)
     whole = model.refine(np.arange(8), coarse, key=key, expected=Expected(codebooks, frames, 2))
-    drawn = model.refine(np.arange(8), coarse, key=key, top_k=1)
+    drawn = model.refine(np.arange(8), coarse, Detail(top_k=1), key=key)
     assert not np.array_equal(whole, drawn)
     expected, codes = Expected(codebooks, frames, 2), coarse
     for first, last in itertools.pairwise((2, 3, 6, 8)):
@@ -103,11 +103,11 @@ def test_in_pieces_it_gives_the_same(model: SuperRes, codebooks: mx.array, frame
             coarse,
             key=mx.random.key(last),
             refined=codes[2:first],
-            layers=last,
+            codebooks=last,
             expected=expected,
         )
     np.testing.assert_array_equal(codes, whole)
-    with pytest.raises(KhalaError, match="go on with layer 8, not with 2"):
+    with pytest.raises(KhalaError, match="continue with layer 8, not with 2"):
         model.refine(np.arange(8), coarse, key=key, expected=expected)
 
 
@@ -128,7 +128,7 @@ def test_a_song_depends_on_no_seed_of_detail_and_goes_on_from_any_state(
     drawn = tiny.generate(**ASKED, seed=5)
     np.testing.assert_array_equal(drawn.codes[:2], song.codes[:2])
     assert not np.array_equal(drawn.codes, song.codes)
-    draft = tiny.make(tiny.begin(request), layers=5)
+    draft = tiny.make(tiny.begin(request), codebooks=5)
     assert draft.take.layers == 5
     np.testing.assert_array_equal(draft.codes, song.codes[:5])
     draft.take.save(tmp_path / "draft.take.safetensors")

@@ -143,8 +143,8 @@ def test_what_does_not_fit_is_refused_and_the_rest_stays(
         ([tmp_path / "absent"], None, "cannot be read"),
         ([other], None, "another backbone"),
         ([good], [1.0, 2.0], "1 adapters, but 2 scales"),
-        ([good], [float("nan")], "has to be a number"),
-        ([good], ["1"], "has to be a number"),
+        ([good], [float("nan")], "must be a number"),
+        ([good], ["1"], "must be a number"),
     ):
         with pytest.raises(KhalaError, match=sentence):
             khala.load_adapters(adapters, scales)
@@ -249,7 +249,7 @@ def test_wrong_adapters_stop_before_anything_is_loaded(here: Path) -> None:
     shutil.copytree(here, "model", ignore=shutil.ignore_patterns("*.safetensors"))
     for options, sentence in (
         (["--adapter", "absent"], "There is no adapter absent."),
-        (["--adapter", "model"], "model is no adapter"),
+        (["--adapter", "model"], "model is not an adapter"),
         (["--adapter-scale", 1], "0 adapters, but 1 scales"),
         (["--adapter", "one", "--adapter-scale", 1, "--adapter-scale", 2], "1 adapters, but 2"),
     ):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from khala_mlx.errors import KhalaError
 from khala_mlx.model.sampling import (
-    check_sampling,
+    Sampling,
     exponential,
     sample,
     sample_by_race,
@@ -80,13 +80,13 @@ def test_top_k_one_is_argmax() -> None:
 @pytest.mark.parametrize("top_k", [0, -1, 1.5, True, "3"])
 def test_bad_top_k(top_k: int) -> None:
     with pytest.raises(KhalaError, match="top_k"):
-        check_sampling(top_k)
+        Sampling(top_k=top_k)
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), "hot"])
 def test_bad_temperature(temperature: float) -> None:
     with pytest.raises(KhalaError, match="temperature"):
-        check_sampling(5, temperature)
+        Sampling(temperature=temperature)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 0.5, True, None])

@@ -12,7 +12,7 @@ from khala_mlx import Khala, KhalaError
 from khala_mlx import token_ids as tokens
 from khala_mlx.config import SuperResConfig, TokenLayout
 from khala_mlx.errors import KhalaWarning
-from khala_mlx.model.sampling import sample_by_race
+from khala_mlx.model.sampling import Detail, sample_by_race
 from khala_mlx.model.superres import SuperRes
 
 KEY = mx.random.key(0)
@@ -79,7 +79,7 @@ def test_sampled_codes_equal_with_upstreams_draws(
     codes = khala.superres.refine(
         np.array(golden["text_ids"]),
         coarse,
-        top_k=10,
+        Detail(top_k=10),
         key=KEY,
         draws=lambda layer: draws[layer - 2, 0],
     )
@@ -92,7 +92,7 @@ def test_refine_agrees_with_whole_forward_passes(tiny: Khala) -> None:
     prompt, frames = np.arange(7), 11
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 16, (2, frames))
-    refined = model.refine(prompt, codes, top_k=1, key=KEY)
+    refined = model.refine(prompt, codes, Detail(top_k=1), key=KEY)
     starts = np.array([tokens.window(layout, layer)[0] for layer in range(8)])[:, None]
     for layer in range(2, 8):
         rows = np.full((1, 7 + frames, layer), -1)
@@ -123,7 +123,7 @@ def test_long_songs_go_in_windows_over_fixed_codes(narrow: SuperRes) -> None:
         codes = narrow.refine(
             prompt,
             coarse,
-            top_k=4,
+            Detail(top_k=4),
             key=KEY,
             draws=lambda layer: drawn[layer],
             on_progress=lambda *a: seen.append(a),
@@ -206,7 +206,7 @@ def test_refining_in_parts_gives_the_same(tiny: Khala, context: int) -> None:
         whole = model.refine(prompt, coarse, key=KEY)
         codes = coarse
         for layers in (3, 6, 8):
-            codes = model.refine(prompt, coarse, refined=codes[2:], layers=layers, key=KEY)
+            codes = model.refine(prompt, coarse, refined=codes[2:], codebooks=layers, key=KEY)
             assert np.array_equal(codes, whole[:layers])
 
 
@@ -222,7 +222,7 @@ def test_kept_codes_stay_and_are_seen(tiny: Khala, context: int, layers: int, fr
         warnings.simplefilter("ignore", KhalaWarning)
         free = model.refine(prompt, coarse, key=KEY)
         codes = model.refine(prompt, coarse, kept=kept, key=KEY)
-        parts = model.refine(prompt, coarse, kept=kept, layers=5, key=KEY)
+        parts = model.refine(prompt, coarse, kept=kept, codebooks=5, key=KEY)
         parts = model.refine(prompt, coarse, kept=kept, refined=parts[2:], key=KEY)
     assert np.array_equal(codes[:layers, :frames], kept)
     assert not np.array_equal(codes[2:, frames:], free[2:, frames:])
@@ -232,9 +232,9 @@ def test_kept_codes_stay_and_are_seen(tiny: Khala, context: int, layers: int, fr
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"layers": 1}, "layers has to be a whole number 2..8"),
-        ({"layers": 9}, "layers has to be"),
-        ({"layers": 3.0}, "layers has to be"),
+        ({"layers": 1}, "layers must be a whole number 2..8"),
+        ({"layers": 9}, "layers must be"),
+        ({"layers": 3.0}, "layers must be"),
         ({"refined": np.zeros((2, 3), int)}, "refined codes have 3 frames"),
         ({"refined": np.zeros((7, 4), int)}, "shape"),
         ({"refined": np.zeros((2, 4), int), "layers": 3}, "4..8"),

@@ -65,7 +65,7 @@ def test_bytes_are_those_of_the_weights_as_they_are_held(
             monkeypatch.setattr(module, "CPU_UNPACKED_BYTES", 0)
     khala = Khala.from_pretrained(packed)
     told = measured(khala, {"cached": 20, "rows": 20, "turns": 1}, 1)["compose"]
-    # The biases of packed layers are added apart from their products, and not counted as read.
+    # The biases of quantized layers are added apart from their products, and not counted as read.
     assert (0.9 if kept_packed else 0.98) < told["bytes_ratio"] < 1.02
     whole = counts.compose_bytes(tiny, 20, 4)
     assert (told["bytes_per_token"] < whole) == kept_packed
@@ -85,7 +85,10 @@ def test_lines_and_a_comparison(told: dict[str, Any], tmp_path: Path) -> None:
     result = run(*SMALL, "--turns", 1, "--compare", hard)
     assert result.exit_code == 1
     assert "Not alike" not in result.stderr
-    assert "More than 25% further from the floor: compose.floor_ratio, refine" in result.stderr
+    assert (
+        "More than 25% further from the kernel baseline: compose.floor_ratio, refine"
+        in result.stderr
+    )
 
 
 def test_a_model_folder(tiny_folder: Path) -> None:
@@ -104,7 +107,7 @@ def test_a_model_folder(tiny_folder: Path) -> None:
         (["--random", "1", "100"], "n * 128"),
         (["--random", "1", "128", "--cached", "16000", "--turns", "30"], "room for"),
         (["--compare", "absent.json"], "absent.json cannot be read"),
-        (["--compare", __file__], "is no report of"),
+        (["--compare", __file__], "is not a report of"),
     ],
 )
 def test_wrong_requests(arguments: list[str], sentence: str) -> None:

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_songs import random_adapter
+from upstream_rules import write_tokens
 
 from khala_mlx.config import (
     BackboneConfig,
@@ -129,7 +130,7 @@ def test_a_step_at_the_released_width() -> None:
     measured = peak(
         lambda: SuperRes(config.superres, config.tokens),
         lambda m: m.refine(
-            np.zeros(PROMPT, int), np.zeros((2, frames), int), layers=3, key=mx.random.key(0)
+            np.zeros(PROMPT, int), np.zeros((2, frames), int), codebooks=3, key=mx.random.key(0)
         ),
     ) - envelope.weight_bytes(config, "superres", HERE)
     print(f"refine, {rows} rows: {measured / 1e9:.3f} GB beside the weights")
@@ -164,7 +165,7 @@ def test_adapters_are_counted(name: str, kinds: list[bool]) -> None:
     forecast += envelope.compose_bytes(config, setting, rows, 20)
     measured = peak(
         on_backbone(config, adapters),
-        lambda m: m.generate(np.zeros(rows, int), key=mx.random.key(0), max_tokens=20),
+        lambda m: write_tokens(m, np.zeros(rows, int), key=mx.random.key(0), max_tokens=20),
     )
     assert forecast / measured == pytest.approx(1, abs=0.1)
     # The superres has none.
@@ -179,7 +180,7 @@ def test_judging_a_song_is_counted(name: str) -> None:
     config, rows, _ = SIZES[name]
     measured = peak(
         lambda: Backbone(config.backbone, config.tokens),
-        lambda m: m.surprise(np.zeros(PROMPT, int), np.zeros((2, (rows - PROMPT) // 2), int)),
+        lambda m: m.nats_per_token(np.zeros(PROMPT, int), np.zeros((2, (rows - PROMPT) // 2), int)),
     )
     forecast = envelope.weight_bytes(config, "backbone", HERE)
     forecast += envelope.judge_bytes(config, HERE, rows)

@@ -1,6 +1,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from khala_mlx import Khala, KhalaError
@@ -10,7 +11,7 @@ from khala_mlx.prompt.request import Request
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"minutes": 11}, "minutes has to be 1..10"),
+        ({"minutes": 11}, "minutes must be 1..10"),
         ({"seconds": 0.0}, "above 0"),
         ({"seconds": -1.0}, "number of seconds"),
         ({"seconds": float("nan")}, "type float"),
@@ -34,23 +35,23 @@ def test_bad_requests_are_refused_before_anything_loads(
     khala = Khala.from_pretrained(tiny_folder)
     with pytest.raises(KhalaError, match=sentence):
         khala.generate(**arguments)
-    assert khala._parts == {}
+    assert khala.parts._loaded == {}
 
 
 def test_wrong_packings_of_the_cache_are_refused(tiny_folder: Path) -> None:
     khala = Khala.from_pretrained(tiny_folder)
-    for bits, sentence in ((3, "has to be 4 or 8"), (8, "heads of 32")):
+    for bits, sentence in ((3, "must be 4 or 8"), (8, "heads of 32")):
         with pytest.raises(KhalaError, match=sentence):
             khala.generate(seconds=0.2, kv_bits=bits)
-    assert khala._parts == {}
+    assert khala.parts._loaded == {}
 
 
 def test_no_seeds_are_refused_before_anything_loads(tiny_folder: Path) -> None:
     khala = Khala.from_pretrained(tiny_folder)
-    for seeds, sentence in (([], "At least one seed"), ([1, -4], "seed has to be")):
+    for seeds, sentence in (([], "At least one seed"), ([1, -4], "seed must be")):
         with pytest.raises(KhalaError, match=sentence):
-            khala.fulfil_many(Request(), seeds)
-    assert khala._parts == {}
+            khala.compose_many(np.arange(5), seeds=seeds, max_frames=3)
+    assert khala.parts._loaded == {}
 
 
 def test_a_take_is_described_before_anything_loads(tiny_folder: Path) -> None:
@@ -60,11 +61,10 @@ def test_a_take_is_described_before_anything_loads(tiny_folder: Path) -> None:
     ids = khala.prompt_ids(tags="pop")
     assert take.prompts == (ids[0].tolist(), ids[1].tolist())
     assert take.budget == (69, 35)
-    assert take.metadata["model"]["config_sha256"] == khala.identity
+    assert take.metadata["model"]["config_sha256"] == khala.parts.identity
     assert take.metadata["request"] == request.to_dict()
-    assert [each.request.seed for each in khala.begin_many(request, [7, 8])] == [7, 8]
-    assert khala.plan(request)["max_frames"] == 69
-    assert khala._parts == {}
+    assert khala.preview(request)["max_frames"] == 69
+    assert khala.parts._loaded == {}
 
 
 def test_the_seed_of_the_detail_is_checked_too(tiny_folder: Path) -> None:

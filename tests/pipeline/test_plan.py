@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from takes import begin_all
 from tiny_songs import random_adapter
 
 from khala_mlx import Khala, KhalaError
@@ -13,6 +14,7 @@ from khala_mlx.config import KhalaConfig
 from khala_mlx.performance.machine import Machine, mac_with
 from khala_mlx.performance.memory import Setting
 from khala_mlx.pipeline import plan as planning
+from khala_mlx.pipeline.parts import Parts
 from khala_mlx.pipeline.plan import Job, Plan, limits, make_plan
 from khala_mlx.prompt.request import Request
 from khala_mlx.storage.adapter import Extent
@@ -126,31 +128,31 @@ def test_a_song_too_large_is_refused_before_anything_loads(tiny_folder: Path) ->
     khala.machine = replace(khala.machine, memory=10_000)
     with pytest.raises(KhalaError, match="can be used"):
         khala.generate(seconds=0.1)
-    assert khala._parts == {}
-    assert khala.plan(Request())["memory"]["fits"] is False
+    assert khala.parts._loaded == {}
+    assert khala.preview(Request())["memory"]["fits"] is False
 
 
 def test_little_memory_makes_the_same_songs(tiny_folder: Path) -> None:
     request = Request(tags="pop", seconds=0.2, min_seconds=0.2)
     roomy, tight = Khala.from_pretrained(tiny_folder), Khala.from_pretrained(tiny_folder)
     seeds = [1, 2, 3]
-    expected = list(roomy.fulfil_many(request, seeds))
-    assert set(roomy._parts) == {"backbone", "superres", "codec"}
+    expected = list(roomy.finish_many(begin_all(roomy, request, seeds)))
+    assert set(roomy.parts._loaded) == {"backbone", "superres", "codec"}
     ids = roomy.prompt_ids(tags="pop")
     job = Job(len(ids[0]), len(ids[1]), 69, songs=3)
-    needs = roomy.envelope(job)
+    needs = roomy.plan(job)
     # Room for any one part, with the sound in the smallest pieces.
-    setting = Setting(roomy.dtype, roomy.machine.on_cpu)
+    setting = Setting(roomy.parts.dtype, roomy.machine.on_cpu)
     nothing = replace(roomy.machine, memory=1)
     least = make_plan(roomy.config, setting, nothing, job, keep_loaded=False)
     assert least.songs_at_once == least.chunk_frames == 1
     tight.machine = replace(roomy.machine, memory=least.peak)
-    plan = tight.envelope(job)
+    plan = tight.plan(job)
     assert plan.staged
     assert plan.problem is None
     assert plan.chunk_frames < needs.chunk_frames
-    songs = list(tight.fulfil_many(request, seeds))
-    assert tight._parts == {}
+    songs = list(tight.finish_many(begin_all(tight, request, seeds)))
+    assert tight.parts._loaded == {}
     for song, wanted in zip(songs, expected, strict=True):
         assert np.array_equal(song.codes, wanted.codes)
         assert np.abs(song.waveform - wanted.waveform).max() < 1e-5
@@ -160,21 +162,21 @@ def test_what_an_earlier_song_left_loaded_is_freed(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     khala, request = Khala.from_pretrained(tiny_folder), Request(tags="pop", seconds=0.1)
-    khala.fulfil(request)
-    assert len(khala._parts) == 3
-    stages = khala.plan(request)["memory"]["stages"].values()
+    khala.finish(khala.begin(request))
+    assert len(khala.parts._loaded) == 3
+    stages = khala.preview(request)["memory"]["stages"].values()
     # Room for the largest part, not for all.
     khala.machine = replace(khala.machine, memory=max(each["peak_bytes"] for each in stages))
     together: set[tuple[str, ...]] = set()
-    get = Khala._part
+    get = Parts._part
 
-    def watched(self: Khala, name: str, build: Callable[..., Any]) -> Any:
+    def watched(self: Parts, name: str, build: Callable[..., Any]) -> Any:
         part = get(self, name, build)
-        together.add(tuple(self._parts))
+        together.add(tuple(self._loaded))
         return part
 
-    monkeypatch.setattr(Khala, "_part", watched)
-    khala.fulfil(request)
+    monkeypatch.setattr(Parts, "_part", watched)
+    khala.finish(khala.begin(request))
     assert together == {("backbone",), ("superres",), ("codec",)}
 
 
@@ -182,18 +184,18 @@ def test_what_is_done_is_what_was_planned(tiny_folder: Path) -> None:
     """A beginning and adapters are in the plan of the dry run and in that of the work."""
     khala = Khala.from_pretrained(tiny_folder)
     request = Request(tags="pop", seconds=0.2)
-    plain = khala.plan(request)["memory"]["stages"]["compose"]
+    plain = khala.preview(request)["memory"]["stages"]["compose"]
     adapter = random_adapter(khala.config)
     khala.load_adapters([adapter], [0.5])
     kept = np.zeros((2, 40), dtype=np.int64)
-    told = khala.plan(request, begun=40)["memory"]
+    told = khala.preview(request, prefix_frames=40)["memory"]
     assert told["stages"]["compose"]["weights_bytes"] - plain["weights_bytes"] == (
         4 * adapter.extent.parameters
     )
-    assert khala._plan_of(khala.begin_many(request, [1], kept)).told() == told
-    judged = khala.plan(request, 3, judged=True)["memory"]
-    assert khala._plan_of(khala.begin_many(request, [1, 2, 3]), judged=True).told() == judged
-    assert khala._parts == {}
+    assert khala._plan_of(begin_all(khala, request, [1], kept)).summary() == told
+    judged = khala.preview(request, 3, judged=True)["memory"]
+    assert khala._plan_of(begin_all(khala, request, [1, 2, 3]), judged=True).summary() == judged
+    assert khala.parts._loaded == {}
 
 
 def test_limits_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

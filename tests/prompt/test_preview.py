@@ -102,14 +102,14 @@ def test_plain_prompts_raise_no_doubt(tiny: Khala) -> None:
 @pytest.mark.filterwarnings("ignore:.*do not fit the window")
 def test_what_does_not_fit_is_told_instead_of_refused(tiny: Khala) -> None:
     lyrics = "\n".join(f"line {number}" for number in range(60))
-    plan = tiny.plan(Request(lyrics=lyrics, seconds=0.5))
+    plan = tiny.preview(Request(lyrics=lyrics, seconds=0.5))
     assert "tokens where the backbone allows 256; with --truncate-lyrics" in plan["does_not_fit"][0]
     assert "line" in plan["does_not_fit"][0].rsplit("after", 1)[1]
     assert "the lyrics take about" in plan["does_not_fit"][-1]
-    assert "does_not_fit" not in tiny.plan(Request(tags="pop", seconds=0.5))
+    assert "does_not_fit" not in tiny.preview(Request(tags="pop", seconds=0.5))
     for wrong in ({"top_k": 0}, {"seed": -1}, {"refine_seed": -1}, {"minutes": 11}):
         with pytest.raises(KhalaError):
-            tiny.plan(Request(**wrong))
+            tiny.preview(Request(**wrong))
 
 
 def run(*arguments: Any) -> Any:

@@ -252,19 +252,19 @@ def test_an_instrumental_by_either_name(tiny: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tags": None}, "tags has to be text, got None"),
-        ({"lyrics": ["a"]}, "lyrics has to be text"),
-        ({"genre": b"pop"}, "genre has to be text"),
-        ({"instrumental": "yes"}, "instrumental has to be True or False"),
-        ({"minutes": 0}, "minutes has to be 1..10, got 0"),
-        ({"minutes": 11}, "minutes has to be 1..10, got 11"),
-        ({"minutes": 2.0}, "minutes has to be a whole number, got 2.0"),
-        ({"minutes": "2"}, "minutes has to be a whole number"),
-        ({"minutes": True}, "minutes has to be a whole number"),
+        ({"tags": None}, "tags must be text, got None"),
+        ({"lyrics": ["a"]}, "lyrics must be text"),
+        ({"genre": b"pop"}, "genre must be text"),
+        ({"instrumental": "yes"}, "instrumental must be True or False"),
+        ({"minutes": 0}, "minutes must be 1..10, got 0"),
+        ({"minutes": 11}, "minutes must be 1..10, got 11"),
+        ({"minutes": 2.0}, "minutes must be a whole number, got 2.0"),
+        ({"minutes": "2"}, "minutes must be a whole number"),
+        ({"minutes": True}, "minutes must be a whole number"),
         ({"text_mode": "same"}, "same_as_backbone_no_description, same_as_backbone, separate, got"),
-        ({"text_mode": None}, "text_mode has to be text"),
-        ({"lyrics": "a\ud83d"}, "lyrics is no valid text"),
-        ({"tags": "\udfff"}, "tags is no valid text"),
+        ({"text_mode": None}, "text_mode must be text"),
+        ({"lyrics": "a\ud83d"}, "lyrics is not valid text"),
+        ({"tags": "\udfff"}, "tags is not valid text"),
         ({"lyrics": "a\x00b"}, r"lyrics holds the control character U\+0000"),
         ({"description": "\x1b[2J"}, r"description holds the control character U\+001B"),
         ({"lyrics": "â\x80\x9c"}, r"U\+0080.*encoding"),
@@ -284,7 +284,7 @@ def test_unusual_values_that_are_fine(tiny: Tokenizer) -> None:
     ids, _ = prompt_ids(tiny, TINY, prompt)
     assert tiny.decode(ids.tolist()).count("\t") == 2
     assert tiny.special("<|reserved_special_token_3|>") in ids
-    # Mojibake that the cleaning repairs is no reason to refuse.
+    # Mojibake that the cleaning repairs is not a reason to refuse.
     assert "don't" in prompt_texts(TINY, Prompt(lyrics="donâ\x80\x99t"))[0]
 
 

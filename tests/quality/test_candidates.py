@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from khala_mlx import Khala
 from khala_mlx.cli import main
+from khala_mlx.model.superres import SuperRes
 from khala_mlx.quality import ranking as candidates
 from khala_mlx.quality import transcribe as words
 from khala_mlx.quality.ranking import Measures, ranked
@@ -54,7 +55,7 @@ def test_clipping_is_a_share_of_samples() -> None:
     assert candidates.clipping(np.array([[1.0, -1.0], [1.1, -1.1]])) == 0.5
 
 
-def test_the_order_goes_by_faults_then_words_then_surprise() -> None:
+def test_the_order_goes_by_faults_then_words_then_nats_per_token() -> None:
     fine = Measures(2.0, 0.0, 0.1, 0.0)
     calm = Measures(1.5, 0.0, 0.1, 0.0)
     silent = Measures(0.1, 0.9, 0.1, 0.0)
@@ -67,10 +68,10 @@ def test_the_order_goes_by_faults_then_words_then_surprise() -> None:
     assert ranked([]) == []
 
 
-def test_surprise_is_that_of_whole_forward_passes(tiny: Khala) -> None:
+def test_nats_per_token_is_that_of_whole_forward_passes(tiny: Khala) -> None:
     layout, ids = tiny.config.tokens, np.arange(20)
     coarse = np.random.default_rng(0).integers(0, layout.codebook_size, (2, 9))
-    nats = tiny.backbone.surprise(ids, coarse)
+    nats = tiny.backbone.nats_per_token(ids, coarse)
     from khala_mlx import token_ids as tokens
 
     written = tokens.interleave(layout, coarse)
@@ -83,14 +84,14 @@ def test_surprise_is_that_of_whole_forward_passes(tiny: Khala) -> None:
         assert nats[place] == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_surprise_of_a_song_leaves_its_beginning_out(tiny: Khala) -> None:
+def test_the_nats_per_token_of_a_song_leaves_its_beginning_out(tiny: Khala) -> None:
     from khala_mlx.prompt.request import Request
 
     kept = np.zeros((8, 5), int)
     take = tiny.begin(Request(seconds=0.03), kept)
     tiny.compose_takes([take])
-    nats = tiny.backbone.surprise(np.array(take.prompts[0]), take.codes[:2])
-    assert tiny.surprise(take) == pytest.approx(nats[10:].mean())
+    nats = tiny.backbone.nats_per_token(np.array(take.prompts[0]), take.codes[:2])
+    assert tiny.nats_per_token(take) == pytest.approx(nats[10:].mean())
 
 
 def test_candidates_are_drafted_ranked_and_finished(tiny_folder: Path) -> None:
@@ -101,7 +102,7 @@ def test_candidates_are_drafted_ranked_and_finished(tiny_folder: Path) -> None:
     told = json.loads(result.stdout)
     rows, files = told["candidates"], told["files"]
     assert sorted(row["seed"] for row in rows) == [3, 4, 5]
-    assert [row["surprise"] for row in rows] == sorted(row["surprise"] for row in rows)
+    assert [row["nats_per_token"] for row in rows] == sorted(row["nats_per_token"] for row in rows)
     assert len(files) == 2
     best, second, last = (row["candidate"] for row in rows)
     assert files == [f"a.{best}.wav", f"a.{second}.wav"]
@@ -119,7 +120,7 @@ def test_the_table(tiny_folder: Path) -> None:
     assert result.exit_code == 0, result.stderr
     head, *rows = result.stdout.splitlines()
     assert head.split()[:6] == [
-        "candidate", "seed", "seconds", "surprise", "silence", "repetition"
+        "candidate", "seed", "seconds", "nats_per_token", "silence", "repetition"
     ]  # fmt: skip
     assert len(rows) == 3
     assert rows[-1].split() == ["finished", "none"]
@@ -138,10 +139,10 @@ def test_stopped_candidates_tell_how_to_go_on(
     def stop(*_: Any, **__: Any) -> None:
         raise SystemExit(9)
 
-    monkeypatch.setattr(Khala, "refine", stop)
+    monkeypatch.setattr(SuperRes, "refine", stop)
     run("generate", "-m", tiny_folder, *SHORT, "--candidates", 2)
     (hint,) = terminal._hints
-    assert "finish one with `khala generate --resume song.2.take.safetensors`" in hint
+    assert "Finish one with `khala generate --resume song.2.take.safetensors`" in hint
 
 
 def test_a_kept_beginning_has_candidates_too(tiny_folder: Path) -> None:
@@ -177,13 +178,13 @@ def test_wrong_numbers_of_candidates(tiny_folder: Path) -> None:
     Path("a.2.draft-8.wav").write_text("mine")
     for arguments, sentence, code in (
         (["--candidates", 1], "2<=x<=64", 2),
-        (["--best", 2], "give both", 2),
+        (["--best", 2], "--best needs --candidates", 2),
         (["--candidates", 2, "--best", 3], "--best cannot be more", 2),
         (["--candidates", 2], "a.2.draft-8.wav exists already", 1),
         # Told before anything is composed.
-        (["--candidates", 2, "--draft", 9], "A draft has 2..8 layers, got 9", 1),
+        (["--candidates", 2, "--draft", 9], "A draft has 2..8 codebooks, got 9", 1),
         (["--candidates", 2, "--play"], "--play is for one song", 2),
-        (["--candidates", 2, "--draft", 0], "A draft has 2..8 layers, got 0", 1),
+        (["--candidates", 2, "--draft", 0], "A draft has 2..8 codebooks, got 0", 1),
     ):
         result = run("generate", "-m", tiny_folder, *arguments, "-o", "a.wav")
         assert (result.exit_code, sentence in result.stderr) == (code, True), result.stderr

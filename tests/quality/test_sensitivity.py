@@ -27,7 +27,7 @@ def test_bits_go_where_they_help_most() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         sizes = {name: int(rng.integers(1, 5)) for name in "abcd"}
-        # Each bit more makes the error a quarter of itself, as packing does.
+        # Each bit more makes the error a quarter of itself, as quantization does.
         worst = {name: float(rng.exponential()) for name in sizes}
         distances = {name: {b: worst[name] * 4.0**-b for b in BITS} for name in sizes}
         found = allot(distances, sizes, 4.5)
@@ -61,7 +61,7 @@ def test_a_matrix_that_matters_more_gets_more(tiny_folder: Path) -> None:
     before = dict(tree_flatten(khala.backbone.parameters()))
     told: list[tuple[int, int]] = []
     backbone, superres = khala.backbone, khala.superres
-    khala.release = lambda part: None  # type: ignore[method-assign]
+    khala.parts.release = lambda part: None  # type: ignore[method-assign]
     chosen = mixed(
         khala, 4.5, group_size=32, dtype="float32", frames=12, on_progress=lambda *a: told.append(a)
     )
@@ -115,12 +115,12 @@ def test_the_command_packs_what_was_measured(
 def test_what_cannot_be_measured_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     plain = Khala.from_pretrained(tiny_folder)
     for bits in (3, 9, float("nan")):
-        with pytest.raises(KhalaError, match="bits has to lie above 3"):
+        with pytest.raises(KhalaError, match="bits must lie above 3"):
             mixed(plain, bits, group_size=32)
     with pytest.raises(KhalaError, match="no row divides into groups of 128"):
         mixed(plain, 4, group_size=128)
     convert(tiny_folder, tmp_path / "four", dtype="float32", quantize="4", group_size=32)
-    with pytest.raises(KhalaError, match="packed already"):
+    with pytest.raises(KhalaError, match="quantized already"):
         mixed(Khala.from_pretrained(tmp_path / "four"), 4)
     assert plain._parts == {}
 
@@ -131,6 +131,8 @@ def test_layers_by_name_exclude_rules(tiny_folder: Path, tmp_path: Path) -> None
     for name, group in (
         ("backbone.layers.9.mlp.up_proj", 32), ("codec.lm_head", 32), ("backbone.lm_head", 64),
     ):  # fmt: skip
-        with pytest.raises(ConvertError, match=f"no such layers that can be packed so: '?{name}"):
+        with pytest.raises(
+            ConvertError, match=f"no such layers that can be quantized so: '?{name}"
+        ):
             convert(tiny_folder, tmp_path / "x", quantize_layers={name: Quantization(4, group)})
     assert not (tmp_path / "x").exists()

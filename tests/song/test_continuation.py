@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 from click.testing import CliRunner, Result
+from takes import begin_all
 
 from khala_mlx import Khala, KhalaError
 from khala_mlx.cli import main
@@ -107,12 +108,12 @@ def test_a_killed_continuation_is_resumed(tiny: Khala, first: Take) -> None:
     take = tiny.begin(asked, beginning.codes)
     take.metadata["continued"] = beginning.told
     keep(take)
-    song = tiny.make(take, on_take=keep)
+    song = tiny.finish(take, on_take=keep)
     assert len(states) == 3
     for state in states:
-        again = tiny.adopt(Take.load(state))
+        again = tiny.resume(Take.load(state))
         assert again.metadata["continued"] == beginning.told
-        assert np.array_equal(tiny.make(again).waveform, song.waveform)
+        assert np.array_equal(tiny.finish(again).waveform, song.waveform)
 
 
 def test_times_that_were_told_keep_as_many_frames(tiny: Khala, first: Take) -> None:
@@ -143,11 +144,11 @@ def test_refining_anew_keeps_the_beginning(first: Take) -> None:
 
 def test_several_ways_to_go_on(tiny: Khala, first: Take) -> None:
     kept = first.codes[:, :17]
-    takes = tiny.begin_many(Request(seconds=0.1), [1, 2], kept)
-    songs = list(tiny.make_many(takes))
+    takes = begin_all(tiny, Request(seconds=0.1), [1, 2], kept)
+    songs = list(tiny.finish_many(takes))
     for song, take in zip(songs, takes, strict=True):
         assert np.array_equal(song.codes[:, :17], kept)
-        alone = tiny.fulfil(take.request, kept=kept)
+        alone = tiny.finish(tiny.begin(take.request, kept=kept))
         assert np.array_equal(alone.codes, song.codes)
 
 

@@ -29,18 +29,18 @@ def states(tiny: Khala, tmp_path_factory: pytest.TempPathFactory) -> tuple[Song,
 
     begun = tiny.begin(REQUEST)
     keep(begun)
-    song = tiny.make(begun, on_take=keep)
+    song = tiny.finish(begun, on_take=keep)
     return song, paths
 
 
 def test_a_take_is_kept_from_the_start_to_the_end(states: tuple[Song, list[Path]]) -> None:
     song, paths = states
     takes = [Take.load(path) for path in paths]
-    assert [take.layers for take in takes] == [0, 2, 8]
+    assert [take.codebooks for take in takes] == [0, 2, 8]
     assert [take.whole for take in takes] == [False, False, True]
     for take in takes:
         assert take.request == REQUEST
-        assert np.array_equal(take.codes, song.codes[: take.layers]) or not take.layers
+        assert np.array_equal(take.codes, song.codes[: take.codebooks]) or not take.codebooks
         assert take.metadata["model"]["config_sha256"] == song.metadata["model"]["config_sha256"]
         assert take.prompts == takes[0].prompts
         assert take.prompts[0]
@@ -49,7 +49,7 @@ def test_a_take_is_kept_from_the_start_to_the_end(states: tuple[Song, list[Path]
 def test_every_state_becomes_the_same_song(tiny: Khala, states: tuple[Song, list[Path]]) -> None:
     song, paths = states
     for path in paths:
-        again = tiny.make(tiny.adopt(Take.load(path)))
+        again = tiny.finish(tiny.resume(Take.load(path)))
         assert np.array_equal(again.codes, song.codes)
         assert np.array_equal(again.waveform, song.waveform)
 
@@ -57,29 +57,29 @@ def test_every_state_becomes_the_same_song(tiny: Khala, states: tuple[Song, list
 def test_a_draft_is_finished_to_the_same_song(tiny: Khala, states: tuple[Song, list[Path]]) -> None:
     """Stopped at a layer where nothing is kept otherwise."""
     take = tiny.begin(REQUEST)
-    draft = tiny.make(take, layers=5)
+    draft = tiny.finish(take, codebooks=5)
     assert draft.codes.shape[0] == 5
     assert len(draft.waveform) == len(states[0].waveform)
     assert not np.array_equal(draft.waveform, states[0].waveform)
-    assert np.array_equal(tiny.make(take).waveform, states[0].waveform)
+    assert np.array_equal(tiny.finish(take).waveform, states[0].waveform)
     for layers in (1, 9):
-        with pytest.raises(KhalaError, match=r"A draft has 2\.\.8 layers"):
-            tiny.make(tiny.begin(REQUEST), layers=layers)
+        with pytest.raises(KhalaError, match=r"A draft has 2\.\.8 codebooks"):
+            tiny.finish(tiny.begin(REQUEST), codebooks=layers)
 
 
 def test_progress_of_a_resumed_take_counts_what_is_left(tiny: Khala) -> None:
     take = tiny.begin(REQUEST)
-    tiny.make(take, layers=5)
+    tiny.finish(take, codebooks=5)
     seen: list[tuple[str, int, int]] = []
-    tiny.make(take, on_progress=lambda *a: seen.append(a))
+    tiny.finish(take, on_progress=lambda *a: seen.append(a))
     assert [s for s in seen if s[0] == "refine"] == [("refine", n, 3) for n in (1, 2, 3)]
 
 
 def test_timings_add_up(tiny: Khala) -> None:
     take = tiny.begin(REQUEST)
-    tiny.make(take, layers=5)
+    tiny.finish(take, codebooks=5)
     before = dict(take.metadata["timings"])
-    tiny.make(take)
+    tiny.finish(take)
     after = take.metadata["timings"]
     assert after["compose"] == before["compose"]
     assert after["refine"] > before["refine"]
@@ -88,10 +88,10 @@ def test_timings_add_up(tiny: Khala) -> None:
 def test_another_detail_of_the_same_song(tiny: Khala, states: tuple[Song, list[Path]]) -> None:
     song, paths = states
     request = Request(**{**REQUEST.to_dict(), "refine_seed": 6})
-    other = tiny.make(tiny.redo(Take.load(paths[-1]), request))
+    other = tiny.finish(tiny.refine_again(Take.load(paths[-1]), request))
     assert np.array_equal(other.codes[:2], song.codes[:2])
     assert not np.array_equal(other.codes[2:], song.codes[2:])
-    assert np.array_equal(tiny.fulfil(request).codes, other.codes)
+    assert np.array_equal(tiny.finish(tiny.begin(request)).codes, other.codes)
 
 
 def edited(path: Path, target: Path, **changes: Any) -> Path:
@@ -110,14 +110,14 @@ def edited(path: Path, target: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model__config_sha256": "0" * 64}, "begun by another model"),
-        ({"model__weights_fingerprint": "0" * 64}, "begun by another model"),
+        ({"model__config_sha256": "0" * 64}, "started by another model"),
+        ({"model__weights_fingerprint": "0" * 64}, "started by another model"),
         ({"model__adapters": [{"sha256": "1"}]}, "with other adapters"),
         ({"prompts": ([1, 2], [1])}, "another prompt"),
-        ({"num_codebooks": 9}, "9 layers, the model 8"),
+        ({"num_codebooks": 9}, "9 codebooks, but the model has 8"),
         ({"codes": np.full((2, 3), 99)}, "0..15"),
         ({"codes": np.zeros((1, 3))}, "shape"),
-        ({"kept": np.full((2, 3), 16)}, "0..15"),
+        ({"prefix": np.full((2, 3), 16)}, "0..15"),
         ({"request__minutes": 11}, "minutes"),
         ({"request__top_k": 0}, "top_k"),
         ({"request__seed": -1}, "seed"),
@@ -132,23 +132,23 @@ def test_takes_of_something_else_are_refused(
 ) -> None:
     path = edited(states[1][1], tmp_path / "x.take.safetensors", **changes)
     with pytest.raises(KhalaError, match=sentence):
-        tiny.adopt(Take.load(path))
+        tiny.resume(Take.load(path))
 
 
 def test_another_backend_is_told(
     tiny: Khala, states: tuple[Song, list[Path]], tmp_path: Path
 ) -> None:
     path = edited(states[1][1], tmp_path / "x.take.safetensors", backend__device="Device(gpu, 0)")
-    with pytest.warns(KhalaWarning, match="not to the last bit"):
-        tiny.adopt(Take.load(path))
+    with pytest.warns(KhalaWarning, match="not bit-identical"):
+        tiny.resume(Take.load(path))
 
 
 def test_another_models_take_can_get_a_new_detail(
     tiny: Khala, states: tuple[Song, list[Path]], tmp_path: Path
 ) -> None:
     path = edited(states[1][2], tmp_path / "x.take.safetensors", model__config_sha256="0" * 64)
-    with pytest.warns(KhalaWarning, match="begun by another model"):
-        assert tiny.redo(Take.load(path), REQUEST).layers == 2
+    with pytest.warns(KhalaWarning, match="started by another model"):
+        assert tiny.refine_again(Take.load(path), REQUEST).codebooks == 2
 
 
 def test_saving_replaces_only_when_told(states: tuple[Song, list[Path]], tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_saving_replaces_only_when_told(states: tuple[Song, list[Path]], tmp_pat
     with pytest.raises(KhalaError, match="exists already"):
         take.save(tmp_path / "a")
     Take.load(states[1][1]).save(tmp_path / "a", overwrite=True)
-    assert Take.load(tmp_path / "a").layers == 2
+    assert Take.load(tmp_path / "a").codebooks == 2
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -166,7 +166,7 @@ def test_takes_without_prompts_or_counts_can_be_read(tmp_path: Path) -> None:
     text = json.dumps({"request": {"tags": "pop"}, "num_coarse": 2})
     save_file({"codes": np.zeros((8, 3), np.int64)}, tmp_path / "a", {"khala": text})
     take = Take.load(tmp_path / "a")
-    assert (take.layers, take.whole, take.prompts) == (8, True, ([], []))
+    assert (take.codebooks, take.whole, take.prompts) == (8, True, ([], []))
 
 
 def test_names() -> None:
@@ -226,7 +226,7 @@ def test_malformed_takes_are_one_sentence(
 @pytest.mark.parametrize("content", [b"", b"x" * 7, b"\xff" * 40, b"\x05" + b"\0" * 7 + b"[1,2]"])
 def test_files_that_are_no_takes(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(KhalaError, match="no whole safetensors file"):
+    with pytest.raises(KhalaError, match="not a complete safetensors file"):
         Take.load(tmp_path / "a")
     with pytest.raises(KhalaError, match="cannot be read"):
         Take.load(tmp_path / "absent")
@@ -243,7 +243,7 @@ def test_the_example_of_the_docs(
     text = (Path(__file__).parents[2] / "docs" / "studio.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     code = code.replace('"khala-model"', repr(str(tiny_folder))).replace("=72.0", "=0.05")
-    code = code.replace("layers=8", "layers=4").replace('rock"', 'rock", seconds=0.1')
+    code = code.replace("codebooks=8", "codebooks=4").replace('rock"', 'rock", seconds=0.1')
     names: dict[str, Any] = {}
     exec(code, names)
     assert np.array_equal(names["again"].waveform, names["song"].waveform)

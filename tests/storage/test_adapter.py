@@ -147,12 +147,12 @@ def test_arrays_without_a_partner_are_named() -> None:
     ("file", "content", "sentence"),
     [
         ("adapter_config.json", None, "cannot be read"),
-        ("adapter_config.json", "{", "no valid JSON"),
-        ("adapter_config.json", "[]", "has to be an object"),
+        ("adapter_config.json", "{", "not valid JSON"),
+        ("adapter_config.json", "[]", "must be an object"),
         ("adapter_config.json", '{"fine_tune_type": "full"}', "no LoRA or DoRA adapter"),
         ("adapter_config.json", '{"lora_parameters": {"rank": 8}}', "no LoRA or DoRA adapter"),
         ("adapters.safetensors", None, "is missing"),
-        ("adapters.safetensors", "damaged", "no whole safetensors file"),
+        ("adapters.safetensors", "damaged", "not a complete safetensors file"),
     ],
 )
 def test_a_damaged_folder_is_one_sentence(

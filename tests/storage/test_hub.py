@@ -48,6 +48,6 @@ def test_names_that_are_neither_folder_nor_repository(name: str) -> None:
 
 
 def test_a_name_too_long_for_any_file() -> None:
-    with pytest.raises(KhalaError, match="is no model folder") as error:
+    with pytest.raises(KhalaError, match="is not a model folder") as error:
         Khala.from_pretrained("a" * 5000)
     assert len(str(error.value)) < 300

@@ -22,7 +22,7 @@ class FakeHub:
 
     Faults: `status` by file name or "api" gives an HTTP status; `cut_after` by file name breaks
     the connection after so many bytes, once for each number; `wrong_sum` names files whose
-    checksum is told wrongly; `damaged` by file name says how many answers have a flipped byte.
+    checksum is given wrongly; `damaged` by file name says how many answers have a flipped byte.
     """
 
     def __init__(self, files: dict[str, bytes], licence: str = "cc-by-nc-4.0") -> None:

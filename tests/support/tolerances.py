@@ -1,4 +1,4 @@
-"""How close floats have to be. Metal's matmuls, sines and roundings differ from the CPU's."""
+"""How close floats must be. Metal's matmuls, sines and roundings differ from the CPU's."""
 
 import mlx.core as mx
 

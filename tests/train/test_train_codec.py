@@ -275,15 +275,15 @@ def test_settings_from_a_file(tmp_path: Path) -> None:
     [
         ('{"crop": 3}', "unknown keys: crop"),
         ('{"schedule": {"step": 3}}', "unknown keys: step"),
-        ('{"schedule": 3}', "has to be an object"),
-        ('{"schedule": {"steps": 0}}', "steps has to be above 0"),
+        ('{"schedule": 3}', "must be an object"),
+        ('{"schedule": {"steps": 0}}', "steps must be above 0"),
         ('{"schedule": {"betas": [0.5]}}', "betas"),
         ('{"schedule": {"learning_rate": -1}}', "learning_rate"),
         ('{"schedule": {"keep_every": -1}}', "keep_every"),
         ('{"trained_layers": 65}', "trained_layers"),
         ('{"layer_choices": [17]}', "layer_choices"),
-        ("[]", "has to be an object"),
-        ("{", "no valid JSON"),
+        ("[]", "must be an object"),
+        ("{", "not valid JSON"),
     ],
 )
 def test_wrong_settings_are_refused(tmp_path: Path, text: str, sentence: str) -> None:

@@ -205,7 +205,7 @@ def test_a_vocabulary_that_is_not_the_layouts_is_refused(runs: Path, tmp_path: P
     with pytest.raises(KhalaError, match=r"backbone: \d+ tensors are misshapen"):
         pack(tmp_path / "x", **sources(runs))
     config.write_text("{")
-    with pytest.raises(KhalaError, match=r"config\.json is no valid JSON"):
+    with pytest.raises(KhalaError, match=r"config\.json is not valid JSON"):
         pack(tmp_path / "x", **sources(runs))
     assert not (tmp_path / "x").exists()
 
@@ -237,8 +237,8 @@ def test_wrong_options_are_refused(finished: Path, tmp_path: Path) -> None:
     assert "exists already" in command(finished, tmp_path / "there").stderr
     for options, message in (
         (["--quantize", "8"], "The backbone has rows of 32, which do not divide into groups of 64"),
-        (["--licence", " "], "licence has to be one line"),
-        (["--licence", "a\nb"], "licence has to be one line"),
+        (["--licence", " "], "licence must be one line"),
+        (["--licence", "a\nb"], "licence must be one line"),
     ):
         result = command(finished, tmp_path / "x", *options)
         assert result.exit_code == 1

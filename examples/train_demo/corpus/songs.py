@@ -89,16 +89,16 @@ def _check(seed: int, split: str, seconds: float, style: str | None, note_second
         raise ValueError(f"There is no split {split!r}; choose one of {', '.join(SPLITS)}.")
     # SeedSequence cuts larger numbers into words, which could run into other seeds.
     if not 0 <= seed < 2**32:
-        raise ValueError(f"A seed has to lie in 0..2**32 - 1, got {seed}.")
+        raise ValueError(f"A seed must lie in 0..2**32 - 1, got {seed}.")
     if style is not None and style not in (*STYLES, EXTRA_STYLE):
         names = ", ".join((*STYLES, EXTRA_STYLE))
         raise ValueError(f"There is no style {style!r}; choose one of {names}.")
     if not _NOTE_SECONDS[0] <= note_seconds <= _NOTE_SECONDS[1]:
         low, high = _NOTE_SECONDS
-        raise ValueError(f"The shortest note has to last {low}..{high} s, got {note_seconds}.")
+        raise ValueError(f"The shortest note must last {low}..{high} s, got {note_seconds}.")
     # With a single syllable some split could be left without any lyrics.
     if not seconds >= _MIN_NOTES * note_seconds:
         need = _MIN_NOTES * note_seconds
         raise ValueError(
-            f"With notes of {note_seconds} s a song has to last {need:g} s or more, got {seconds}."
+            f"With notes of {note_seconds} s a song must last {need:g} s or more, got {seconds}."
         )

@@ -63,7 +63,7 @@ def evaluate(
     folders = {"": options["data"], "forget_": options["forget"]}
     prepared = {
         prefix: read_prepared(
-            khala.folder, khala.config, folder, "valid", max_seconds=options["max_seconds"]
+            khala.parts.folder, khala.config, folder, "valid", max_seconds=options["max_seconds"]
         )
         for prefix, folder in folders.items()
         if folder
@@ -147,14 +147,14 @@ def _sing(
             most, least = frame_budget(khala.config, request, len(ids), len(superres_ids))
             coarse.append(khala.compose(ids, max_frames=most, min_frames=least, seed=request.seed))
             progress("compose", len(coarse), total)
-    khala.release("backbone")
+    khala.parts.release("backbone")
     codes: list[Any] = []
     for number, take in enumerate(coarse):
         request = requests[number % len(requests)]
         ids = prompts[number % len(requests)][1]
         codes.append(khala.refine(ids, take, seed=request.seed))
         progress("refine", len(codes), total)
-    khala.release("superres")
+    khala.parts.release("superres")
     waves: list[Any] = []
     for each in codes:
         waves.append(khala.render(each))

@@ -13,7 +13,7 @@ from khala_mlx.config import LINEARS
 FOLDER = click.Path(path_type=Path)
 
 model_option = click.option(
-    "--model", "-m", default="demo", show_default="the model in the box", help="What is adapted."
+    "--model", "-m", default="demo", show_default="the bundled demo model", help="What is adapted."
 )
 data_option = click.option(
     "--data", type=FOLDER, required=True, help="Folder made by `khala train prepare`."
@@ -92,7 +92,7 @@ def lora(model: str, data: Path, out: Path, as_json: bool, **options: Any) -> No
     """Teach the backbone from prepared songs; the adapter goes into OUT.
 
     Use it with `khala generate --adapter OUT`. What is learnt is the adapter alone, so the model
-    may be packed (`khala convert --quantize`).
+    may be quantized (`khala convert --quantize`).
     """
     from khala_mlx.distributed import Processes
     from khala_mlx.train.finetune.run import check_memory, plan, train_lora
@@ -148,7 +148,7 @@ def fuse(
     pairs = list(zip(chosen, scales or (1.0,) * len(chosen), strict=True))
     told = run(find_model(model), pairs, destination, on_progress=Progress())
     lines = {"folder": told["destination"], "size": f"{told['bytes'] / 1e6:.1f} MB"}
-    lines["layers"] = f"{told['layers']} changed, {told['unpacked']} of them no longer packed"
+    lines["layers"] = f"{told['layers']} changed, {told['unpacked']} of them no longer quantized"
     report(told if as_json else lines, as_json)
 
 

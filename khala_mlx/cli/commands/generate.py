@@ -1,346 +1,445 @@
-"""`khala generate`: a song, a draft of one, or the rest of a song that was begun."""
+"""`khala generate`: a new song, the continuation of one, or the rest of an unfinished one."""
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from khala_mlx.cli.options import (
     FILE,
-    OF_THE_FILE,
     ClockTime,
-    adapter_options,
-    finish_options,
+    FileArgs,
+    ModelArgs,
+    file_options,
     flag,
     given,
+    group,
     json_option,
-    model_option,
+    model_options,
     output_option,
     play_option,
-    recorded,
-    tag_options,
 )
 from khala_mlx.cli.terminal import Progress, command, report
 
+if TYPE_CHECKING:
+    from khala_mlx.cli.session import Output
+    from khala_mlx.pipeline.khala import Khala
+    from khala_mlx.prompt.request import Request
+    from khala_mlx.song.continuation import Continuation, Prefix
+    from khala_mlx.song.record import Record
+    from khala_mlx.song.take import Take
+
 TEXT_MODES = click.Choice(["same_as_backbone", "same_as_backbone_no_description", "separate"])
-# Layers of a draft: after six steps of 62 the ear has most of what it judges a song by.
-DRAFT_LAYERS = 8
-# What may be said along with --resume; all else is in the take.
-_WITH_RESUME = {"resume", "model", "adapters", "adapter_scales", "output", "play", "as_json"}
-_WITH_RESUME |= {"draft", "memory", *OF_THE_FILE}
+# Codebooks of a draft: after six steps of 62 the ear has most of what it judges a song by.
+DRAFT_CODEBOOKS = 8
+# Options that --resume allows beside those of the model and of the file; the take has the others.
+_WITH_RESUME = {"resume", "output", "play", "as_json", "draft", "memory"}
+
+
+@dataclass(frozen=True)
+class GenerateArgs:
+    """What the command line asks for; every file that it names is read.
+
+    Attributes:
+        request: the request, with the user's defaults for what was not given.
+        given: the fields of the request that this command line set.
+        like: the record that supplies what was not given.
+        source: a take to resume, a song to continue, or None for a new song.
+        draft: codebooks to stop at.
+        best: how many of the candidates to finish.
+        memory: memory to plan for, such as "16GB".
+    """
+
+    request: Request
+    given: frozenset[str]
+    like: Record | None
+    source: Take | Continuation | None
+    output: Output
+    draft: int | None
+    candidates: int | None
+    best: int
+    memory: str | None
+    dry_run: bool
+
+    def request_like(self, base: Request | None, always: Iterable[str] = ()) -> Request:
+        """Return `base` with what this command line set; without a base, the request as it is."""
+        if base is None:
+            return self.request
+        chosen = {name: getattr(self.request, name) for name in (*self.given, *always)}
+        return replace(base, **chosen)
+
+
+def _request(**values: Any) -> Request:
+    from khala_mlx.prompt.request import Request
+
+    return Request(**values)
+
+
+def _random_seed() -> int:
+    return secrets.randbelow(2**32)
+
+
+request_options = group(
+    "request",
+    _request,
+    click.option("--tags", default="", help='For example "pop, female vocal, 120 bpm".'),
+    click.option("--description", default="", help="A sentence, used instead of the tags."),
+    click.option("--genre", default="", help="Used if there are no tags and no description."),
+    click.option("--lyrics", default="", help="The words, with section marks such as [Verse 1]."),
+    click.option("--instrumental", is_flag=True, help="Make a song without voice."),
+    click.option("--language", default="", help="Only used by the text mode `separate`."),
+    click.option(
+        "--minutes",
+        type=int,
+        default=1,
+        show_default=True,
+        help="Length that the prompt asks for, 1 to 10 minutes.",
+    ),
+    click.option(
+        "--seconds",
+        type=float,
+        help="Maximum length in seconds.  [default: --minutes plus 0.8 minutes]",
+    ),
+    click.option(
+        "--min-seconds", type=float, default=0.0, help="Minimum length in seconds.  [default: 0]"
+    ),
+    click.option(
+        "--seed",
+        type=int,
+        default=_random_seed,
+        help="The same seed gives the same song.  [default: random]",
+    ),
+    click.option("--refine-seed", type=int, help="Seed of the detail alone.  [default: --seed]"),
+    click.option(
+        "--temperature",
+        type=float,
+        default=1.0,
+        show_default=True,
+        help="Below 1 the song is more predictable, above 1 less.",
+    ),
+    click.option(
+        "--top-k",
+        type=int,
+        default=50,
+        show_default=True,
+        help="Sample from the k most likely tokens (1 = greedy).",
+    ),
+    click.option(
+        "--refine-top-k",
+        type=int,
+        default=10,
+        show_default=True,
+        help="The same for the detail.",
+    ),
+    click.option(
+        "--refine-expected",
+        is_flag=True,
+        help="Choose the detail by expectation instead of drawing it.",
+    ),
+    click.option(
+        "--text-mode",
+        type=TEXT_MODES,
+        default="same_as_backbone_no_description",
+        show_default=True,
+        help="What the prompt of the detail contains.",
+    ),
+    click.option(
+        "--truncate-lyrics", is_flag=True, help="Cut a prompt that is too long, not refuse it."
+    ),
+    click.option(
+        "--reachable-only/--whole-vocabulary",
+        default=True,
+        show_default=True,
+        help="Sample from the tokens that can follow, or from all tokens as upstream does.",
+    ),
+    click.option(
+        "--kv-bits",
+        type=int,
+        help="Quantize the key-value cache to 8 or 4 bits. This changes the song.",
+    ),
+)
 
 
 @click.command()
-@click.option("--tags", default="", help='For example "pop, female vocal, 120 bpm".')
-@click.option("--description", default="", help="A sentence; it takes the place of the tags.")
-@click.option("--genre", default="", help="Used where there are neither tags nor description.")
-@click.option("--lyrics", default="", help="The words, with section marks such as [Verse 1].")
+@request_options
 @click.option(
-    "--lyrics-file", type=click.File(encoding="utf-8-sig"), help="Words from a file, - for stdin."
+    "--lyrics-file",
+    type=click.File(encoding="utf-8-sig"),
+    help="Read the lyrics from a file, - for stdin.",
 )
-@click.option("--instrumental", is_flag=True, help="No voice.")
-@click.option("--language", default="", help="Only read by the text mode `separate`.")
-@click.option(
-    "--minutes",
-    type=int,
-    default=1,
-    show_default=True,
-    help="What the prompt tells the model, 1-10.",
-)
-@click.option(
-    "--seconds", type=float, help="Longest song.  [default: --minutes and 0.8 minutes more]"
-)
-@click.option("--min-seconds", type=float, default=0.0, help="The song cannot end before.")
-@click.option("--seed", type=int, help="The same seed gives the same song.  [default: drawn]")
-@click.option("--refine-seed", type=int, help="Another detail of the same song.  [default: --seed]")
-@click.option("--temperature", type=float, default=1.0, show_default=True)
-@click.option("--top-k", type=int, default=50, show_default=True, help="1 is greedy.")
-@click.option("--refine-top-k", type=int, default=10, show_default=True)
-@click.option(
-    "--refine-expected",
-    is_flag=True,
-    help="Choose the detail by expectation instead of drawing it.",
-)
-@click.option(
-    "--text-mode", type=TEXT_MODES, default="same_as_backbone_no_description", show_default=True
-)
-@click.option(
-    "--truncate-lyrics", is_flag=True, help="Cut a prompt that is too long instead of refusing it."
-)
-@click.option(
-    "--reachable-only/--whole-vocabulary",
-    default=True,
-    show_default=True,
-    help="Draw from the tokens that can follow, or from all as upstream does.",
-)
-@click.option(
-    "--kv-bits",
-    type=int,
-    help="Pack the key-value cache of a long song to 8 or 4 bits; it is another song then.",
-)
-@click.option("--like", type=FILE, help="Take all that is not given here from a song or song.json.")
+@click.option("--like", type=FILE, help="Take what is not given here from a song or its song.json.")
 @click.option(
     "--continue",
-    "beginning",
+    "continued",
     type=FILE,
     metavar="TAKE-OR-AUDIO",
-    help="Begin with this song, a take or any sound file, and compose what follows.",
+    help="Continue this song, a take or any sound file.",
 )
 @click.option(
     "--from",
     "until",
     type=ClockTime(),
     metavar="TIME",
-    help="Keep it only up to here, such as 1:12, and compose the rest anew.",
+    help="Keep it only up to this time, such as 1:12, and compose the rest.",
 )
-@click.option("--resume", type=FILE, metavar="TAKE", help="Go on with a take where it stopped.")
+@click.option("--resume", type=FILE, metavar="TAKE", help="Resume an unfinished song.")
 @click.option(
     "--draft",
     type=int,
     is_flag=False,
-    flag_value=DRAFT_LAYERS,
-    metavar="[LAYERS]",
-    help=f"Stop at so many layers ({DRAFT_LAYERS}) and let hear them; --resume finishes the song.",
+    flag_value=DRAFT_CODEBOOKS,
+    metavar="[CODEBOOKS]",
+    help=f"Stop at {DRAFT_CODEBOOKS} or this many codebooks. --resume finishes the song.",
 )
 @click.option(
     "--candidates",
     type=click.IntRange(2, 64),
-    help="Compose so many songs of one request at once, draft and compare them.",
+    help="Compose several songs at once, draft and compare them.",
 )
 @click.option(
     "--best",
     type=click.IntRange(0, 64),
     default=1,
     show_default=True,
-    help="Of the candidates, finish so many.",
+    help="How many of the candidates to finish.",
 )
-@model_option
-@adapter_options
+@model_options
 @output_option
-@tag_options
-@finish_options
+@file_options
 @play_option
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Show prompt, doubts, memory and least time; load nothing.",
+    help="Show the prompt, warnings, memory and time estimates without loading the model.",
 )
 @click.option(
-    "--memory", metavar="SIZE", help="Use no more than a Mac with, say, 16GB; or dry-run for one."
+    "--memory",
+    metavar="SIZE",
+    help="Use no more memory than a Mac with, say, 16GB; with --dry-run plan for one.",
 )
 @json_option
 @command
-def generate(**options: Any) -> None:
+def generate(
+    request: Request,
+    lyrics_file: TextIO | None,
+    like: Path | None,
+    continued: Path | None,
+    until: float | None,
+    resume: Path | None,
+    draft: int | None,
+    candidates: int | None,
+    best: int,
+    model: ModelArgs,
+    output: Path | None,
+    file: FileArgs,
+    play: bool,
+    dry_run: bool,
+    memory: str | None,
+    as_json: bool,
+) -> None:
     """Make a song from tags and lyrics."""
-    if options["until"] is not None and not options["beginning"]:
-        raise click.UsageError("--from says up to where --continue keeps a song: give both.")
-    if options["resume"]:
-        _resume(options)
-    else:
-        _generate(options)
-
-
-def _generate(options: dict[str, Any]) -> None:
-    from khala_mlx.audio.files import check_output
-    from khala_mlx.cli.commands.candidates import (
-        candidate_paths,
-        check_candidates,
-        write_candidates,
-    )
-    from khala_mlx.cli.session import finish_of, free_name, open_model, write_draft, write_song
-    from khala_mlx.song.record import read_request
-    from khala_mlx.song.song import (
-        check_free,
-        warn_continued,
-        warn_other_adapters,
-        warn_other_model,
-    )
-
-    def songs(path: Path) -> list[Path]:
-        count = options["candidates"]
-        return [path, *candidate_paths(path, count)] if count else [path]
-
-    output = options["output"] or free_name(songs=songs)
-    check_output(output, finish_of(options).bit_depth)
-    check_free(output)
-    if options["candidates"]:
-        if given("play"):
-            raise click.UsageError(
-                "--play is for one song: leave it out, and listen to the drafts of --candidates "
-                "with `khala play`."
-            )
-        if given("best") and options["best"] > options["candidates"]:
-            raise click.UsageError("--best cannot be more than --candidates.")
-        if options["draft"] is None:
-            options["draft"] = DRAFT_LAYERS
-        check_candidates(output, options)
-    elif given("best"):
-        raise click.UsageError("--best says how many of the --candidates are finished: give both.")
-    if options["lyrics_file"] is not None:
-        if options["lyrics"]:
-            raise click.UsageError("--lyrics and --lyrics-file exclude each other.")
-        options["lyrics"] = _read_lyrics(options["lyrics_file"])
-    base = read_request(options["like"]) if options["like"] else None
-    khala = open_model(options, _take_of(options["beginning"]))
-    khala.check_draft(options["draft"])
-    _limit(khala, options)
-    if options["like"]:
-        warn_other_model(options["like"], khala.identity)
-        warn_other_adapters(options["like"], khala.adapters)
-    if options["dry_run"]:
-        _show_plan(khala, options, base)
-        return
-    kept = None
-    if options["beginning"]:
-        kept, request = _continued(khala, options, base)
-    else:
-        request = _request(options, base)
-    take = khala.begin(request, kept.codes if kept else None)
-    if kept:
-        take.metadata["continued"] = kept.told
-    if options["like"]:
-        warn_continued(options["like"], kept.told if kept else None)
-    if options["candidates"]:
-        write = write_candidates
-    else:
-        write = write_song if options["draft"] is None else write_draft
-    write(khala, take, output, options)
-
-
-def _take_of(beginning: Path | None) -> Any:
-    """The take that names the model, where the song goes on from one."""
-    from khala_mlx.song.take import Take
-
-    if beginning is None or beginning.suffix != ".safetensors":
-        return None
-    return Take.load(beginning)
-
-
-def _continued(khala: Any, options: dict[str, Any], base: Any) -> tuple[Any, Any]:
-    """The beginning of --continue, and the request of what follows it."""
-    from khala_mlx.song.continuation import read_beginning
-
-    progress = Progress()
-    beginning = read_beginning(
-        khala,
-        options["beginning"],
-        options["until"],
-        lambda done, total: progress("encode", done, total),
-    )
-    khala.release("codec")
-    return beginning, _longer_request(
-        khala, options, base or beginning.request, beginning.told["seconds"]
-    )
-
-
-def _longer_request(khala: Any, options: dict[str, Any], base: Any, seconds: float) -> Any:
-    """The request of a song whose first `seconds` are there, of which `base` was asked."""
+    from khala_mlx.cli.session import Output, free_name
     from khala_mlx.prompt.request import Request
-    from khala_mlx.song.continuation import longer
-    from khala_mlx.song.song import continued
-
-    if options["like"] and continued(options["like"]):
-        # Of a song that went on from a beginning itself: that one is made again.
-        return _request(options, base)
-    if base == Request():
-        # A sound that tells nothing of itself: the user's own defaults count then.
-        base = _request(options, None)
-    if not given("seed"):
-        options["seed"] = secrets.randbelow(2**32)
-    return _request(options, longer(base, seconds, khala.config.tokens.max_minutes), {"seed"})
-
-
-def _show_plan(khala: Any, options: dict[str, Any], base: Any) -> None:
-    """What a dry run prints."""
-    from khala_mlx.song.continuation import measure_beginning
-
-    begun = 0
-    if options["beginning"]:
-        begun, asked = measure_beginning(khala, options["beginning"], options["until"])
-        seconds = begun / khala.config.codec.frame_rate
-        request = _longer_request(khala, options, base or asked, seconds)
-    else:
-        request = _request(options, base)
-    candidates = options["candidates"]
-    plan = khala.plan(
-        request,
-        candidates or 1,
-        begun,
-        judged=candidates is not None,
-        draft=options["draft"],
-        finished=min(options["best"], candidates) if candidates else 0,
-    )
-    report(plan if options["as_json"] else _plan_lines(plan), options["as_json"])
-
-
-def _resume(options: dict[str, Any]) -> None:
-    from khala_mlx.audio.files import check_output
-    from khala_mlx.cli.session import (
-        check_unfinished,
-        finish_of,
-        open_model,
-        write_draft,
-        write_song,
-    )
-    from khala_mlx.errors import KhalaWarning
-    from khala_mlx.song.song import check_free, take_path
+    from khala_mlx.song.continuation import Continuation
+    from khala_mlx.song.record import Record
+    from khala_mlx.song.song import take_path
     from khala_mlx.song.take import Take, song_path
 
-    if extra := sorted(name for name in options if given(name) and name not in _WITH_RESUME):
-        names = ", ".join(map(flag, extra))
-        raise click.UsageError(f"--resume takes everything from the take; leave out {names}.")
-    path = options["resume"]
-    take = Take.load(path)
-    options = recorded(take.options, options)
-    output = options["output"] or song_path(path, take.suffix)
-    check_output(output, finish_of(options).bit_depth)
-    own = take_path(output).absolute() == path.absolute()
-    if not own:
-        check_free(output)
-    elif not check_unfinished(take, output):
-        if asked := sorted(name for name in OF_THE_FILE if given(name)):
+    if until is not None and not continued:
+        raise click.UsageError("--from needs --continue: it says how much of that song to keep.")
+    source: Take | Continuation | None = None
+    if resume:
+        _check_resume()
+        source = Take.load(resume)
+        file = file.with_recorded(source.options)
+        output = output or song_path(resume, source.suffix)
+    else:
+        output = output or free_name(candidates=candidates or 0)
+    own = resume is not None and take_path(output).absolute() == resume.absolute()
+    target = Output(output, file, model, play, as_json, resumed=own)
+    if not resume:
+        target.check()
+        draft = _check_candidates(target, candidates, best, draft)
+    chosen = {field.name for field in fields(Request) if given(field.name)}
+    if lyrics_file is not None:
+        if request.lyrics:
+            raise click.UsageError("Give either --lyrics or --lyrics-file, not both.")
+        request = replace(request, lyrics=_read_lyrics(lyrics_file))
+        chosen.add("lyrics")
+    args = GenerateArgs(
+        request,
+        frozenset(chosen),
+        Record.read(like) if like else None,
+        Continuation.open(continued, until) if continued else source,
+        target,
+        draft,
+        candidates,
+        best,
+        memory,
+        dry_run,
+    )
+    if isinstance(args.source, Take):
+        _resume(args, args.source)
+    else:
+        _generate(args, args.source)
+
+
+def _generate(args: GenerateArgs, continuation: Continuation | None) -> None:
+    """Make a new song, or one that continues another."""
+    from khala_mlx.cli.commands.candidates import save_candidates
+    from khala_mlx.cli.session import open_model, save_draft, save_song
+
+    khala = open_model(
+        args.output.model,
+        continuation.take if continuation else None,
+        memory=args.memory,
+        dry_run=args.dry_run,
+    )
+    khala.check_draft(args.draft)
+    if args.like:
+        args.like.warn_differences(khala.parts.identity, khala.adapters)
+    frames = 0
+    if continuation:
+        continuation.warn_other_model(khala.parts.identity)
+        frames = continuation.frames(khala.config.codec)
+    request = _request_of_song(args, khala, continuation, frames)
+    if args.dry_run:
+        _show_preview(khala, request, args, frames)
+        return
+    prefix = _prefix(khala, continuation) if continuation else None
+    take = khala.begin(request, prefix.codes if prefix else None)
+    if prefix:
+        take.metadata["continued"] = prefix.info
+    if args.like:
+        args.like.warn_other_prefix(prefix.info["codes_sha256"] if prefix else None)
+    if args.candidates and args.draft is not None:
+        save_candidates(khala, take, args.output.candidates(args.candidates), args.draft, args.best)
+    elif args.draft is not None:
+        save_draft(khala, take, args.output, args.draft)
+    else:
+        save_song(khala, take, args.output)
+
+
+def _resume(args: GenerateArgs, take: Take) -> None:
+    """Finish the song of a take, or draft more of it."""
+    from khala_mlx.cli.session import open_model, save_draft, save_song
+    from khala_mlx.errors import KhalaWarning
+
+    output = args.output
+    if not output.check(take if output.resumed else None):
+        if flags := output.file.given_flags():
             warnings.warn(
-                f"{output} is finished and stays as it is; `khala render` with another --output "
-                f"writes it with {', '.join(map(flag, asked))}.",
+                f"{output.path} is finished and was not changed. `khala render` with another "
+                f"--output writes it with {', '.join(flags)}.",
                 KhalaWarning,
                 stacklevel=2,
             )
-        report({"file": str(output), "finished": "already"}, options["as_json"])
+        report({"file": str(output.path), "finished": "already"}, output.as_json)
         return
-    khala = open_model(options, take)
-    _limit(khala, options)
-    # A default of drafting is for new songs: they could never be finished otherwise.
-    write = write_draft if given("draft") else write_song
-    write(khala, khala.adopt(take), output, options, resumed=own)
-
-
-def _limit(khala: Any, options: dict[str, Any]) -> None:
-    """Plan for --memory: this machine with less of it, or the Mac that a dry run asks about."""
-    if not options["memory"]:
-        return
-    import dataclasses
-
-    from khala_mlx.performance.machine import mac_with, parse_memory
-
-    here, mac = khala.machine, mac_with(parse_memory(options["memory"]))
-    if options["dry_run"] and here.on_cpu:
-        khala.machine = mac
+    khala = open_model(output.model, take, memory=args.memory)
+    take = khala.resume(take)
+    # A default of drafting is for new songs: otherwise they could never be finished.
+    if args.draft is not None and given("draft"):
+        save_draft(khala, take, output, args.draft)
     else:
-        # Only a dry run may have more than there is.
-        usable = mac.memory if options["dry_run"] else min(here.memory, mac.memory)
-        khala.machine = dataclasses.replace(here, memory=usable)
+        save_song(khala, take, output)
 
 
-def _plan_lines(plan: dict[str, Any]) -> dict[str, Any]:
-    """A plan with its memory in words, a line each."""
-    memory = plan["memory"]
-    lines = {name: _listed(value) for name, value in plan.items() if name != "memory"}
+def _check_resume() -> None:
+    """Raise UsageError if an option is given that the take decides."""
+    context = click.get_current_context()
+    allowed = _WITH_RESUME | {
+        field.name for kind in (ModelArgs, FileArgs) for field in fields(kind)
+    }
+    names = [str(each.name) for each in context.command.params]
+    if extra := sorted(name for name in names if given(name) and name not in allowed):
+        flags = ", ".join(map(flag, extra))
+        raise click.UsageError(f"--resume takes everything from the take. Leave out {flags}.")
+
+
+def _check_candidates(
+    output: Output, candidates: int | None, best: int, draft: int | None
+) -> int | None:
+    """Return the codebooks of a draft; refuse candidates that could not be written."""
+    from khala_mlx.song.song import check_free
+    from khala_mlx.storage.atomic import check_destination
+
+    if not candidates:
+        if given("best"):
+            raise click.UsageError("--best needs --candidates: it says how many to finish.")
+        return draft
+    if given("play"):
+        raise click.UsageError(
+            "--play is for one song. Leave it out and play the drafts with `khala play`."
+        )
+    if given("best") and best > candidates:
+        raise click.UsageError("--best cannot be more than --candidates.")
+    draft = DRAFT_CODEBOOKS if draft is None else draft
+    for each in output.candidates(candidates):
+        check_free(each.path)
+        check_destination(each.draft_path(draft))
+    return draft
+
+
+def _request_of_song(
+    args: GenerateArgs, khala: Khala, continuation: Continuation | None, frames: int
+) -> Request:
+    """Return the request of the song, which continues `frames` of another if there are any."""
+    from khala_mlx.prompt.request import Request
+    from khala_mlx.song.continuation import continued_request
+
+    base = args.like.request if args.like else None
+    if continuation is None or (args.like and args.like.continued):
+        # A song that continued another is repeated with its own length and seed.
+        return args.request_like(base)
+    base = base or continuation.request
+    if base == Request():
+        # A sound file without a record: the user's own defaults count.
+        base = args.request
+    seconds = frames / khala.config.codec.frame_rate
+    longer = continued_request(base, seconds, khala.config.tokens.max_minutes)
+    return args.request_like(longer, always=["seed"])
+
+
+def _prefix(khala: Khala, continuation: Continuation) -> Prefix:
+    """Return the codes to continue; a sound file is encoded for it."""
+    progress = Progress()
+
+    def encode(waveform: Any) -> Any:
+        return khala.codec.encode(
+            waveform, on_progress=lambda done, total: progress("encode", done, total)
+        )
+
+    prefix = continuation.prefix(khala.config.codec, encode)
+    khala.parts.release("codec")
+    return prefix
+
+
+def _show_preview(khala: Khala, request: Request, args: GenerateArgs, frames: int) -> None:
+    """Print what a dry run finds."""
+    candidates = args.candidates
+    found = khala.preview(
+        request,
+        candidates or 1,
+        frames,
+        judged=candidates is not None,
+        draft=args.draft,
+        finished=min(args.best, candidates) if candidates else 0,
+    )
+    as_json = args.output.as_json
+    report(found if as_json else _preview_lines(found), as_json)
+
+
+def _preview_lines(found: dict[str, Any]) -> dict[str, Any]:
+    """Return a preview with its memory in words, a line each."""
+    memory = found["memory"]
+    lines = {name: _listed(value) for name, value in found.items() if name != "memory"}
     for name, stage in memory["stages"].items():
         least = stage["least_seconds"]
         lines[name] = f"{_gigabytes(stage['peak_bytes'])}, at least {least:.1f} s"
@@ -351,7 +450,7 @@ def _plan_lines(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> Any:
-    """A list as the lines below its name."""
+    """Return a list as lines below its name."""
     if not isinstance(value, list):
         return value
     return "".join(f"\n    {each}" for each in value) or "nothing"
@@ -361,30 +460,12 @@ def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB"
 
 
-def _request(options: dict[str, Any], base: Any, always: Iterable[str] = ()) -> Any:
-    """The request of the options, over `base`, if there is one, where an option was not given."""
-    from khala_mlx.prompt.request import Request
-
-    names = {field.name for field in dataclasses.fields(Request)}
-    chosen = {
-        name: value
-        for name, value in options.items()
-        if name in names and (base is None or name in always or _set_here(name))
-    }
-    if chosen.get("seed", 0) is None:
-        chosen["seed"] = secrets.randbelow(2**32)
-    return dataclasses.replace(base or Request(), **chosen)
-
-
-def _set_here(name: str) -> bool:
-    return given(name) or (name == "lyrics" and given("lyrics_file"))
-
-
-def _read_lyrics(file: Any) -> str:
-    from khala_mlx.errors import PromptError
+def _read_lyrics(file: TextIO) -> str:
+    from khala_mlx.errors import KhalaError
 
     try:
-        text: str = file.read()
+        return file.read()
     except UnicodeDecodeError as error:
-        raise PromptError(f"{file.name} is no UTF-8 text.") from error
-    return text
+        raise KhalaError(
+            f"{file.name} is not valid UTF-8. Save it as UTF-8 and try again."
+        ) from error

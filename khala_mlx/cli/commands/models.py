@@ -20,7 +20,7 @@ def models() -> None:
 @json_option
 @command
 def list_models(as_json: bool) -> None:
-    """List the model in the box and those that were downloaded."""
+    """List the bundled demo model and those that were downloaded."""
     from khala_mlx.library import models as found
     from khala_mlx.storage.paths import models_folder
     from khala_mlx.text import shown
@@ -43,7 +43,7 @@ def list_models(as_json: bool) -> None:
 @click.option(
     "--quantize",
     type=click.Choice(["4", "6", "8", "mxfp4", "mxfp8"]),
-    help="Pack the language models.",
+    help="Quantize the language models.",
 )
 @click.option("--tokenizer", metavar="FILE", help="Llama 3.1's, if not beside the weights.")
 @click.option("--accept-licence", is_flag=True, help="Accept the licence of the weights unasked.")
@@ -53,7 +53,7 @@ def download(
     repository: str, name: str | None, revision: str | None, accept_licence: bool, as_json: bool,
     **how: Any,
 ) -> None:  # fmt: skip
-    """Fetch weights from the Hugging Face Hub and convert them; go on where it stopped.
+    """Fetch weights from the Hugging Face Hub and convert them; resume where it stopped.
 
     HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1 forbids the network, KHALA_MODELS is where models
     are kept. The model is then used by its repository's name.
@@ -95,7 +95,7 @@ def remove(name: str, as_json: bool) -> None:
 
 @models.command()
 @click.argument("model")
-@click.option("--against", metavar="FULL", help="Compare with the model it was packed from.")
+@click.option("--against", metavar="FULL", help="Compare with the model it was quantized from.")
 @click.option(
     "--frames",
     # More would hold probabilities of gigabytes.
@@ -114,8 +114,8 @@ def verify(
     """Tell whether MODEL computes here what it did where it was known to be right.
 
     Compares greedy tokens, superres and codec with the goldens in the model's folder, on this
-    device and in the model's dtype and packing; exits with 1 where they do not hold. With
-    --against, how far a packed model is from the one it came from.
+    device and in the model's dtype and quantization; exits with 1 where they do not hold. With
+    --against, how far a quantized model is from the one it came from.
     """
     from khala_mlx.pipeline.khala import Khala
     from khala_mlx.quality import goldens

@@ -1,9 +1,9 @@
-"""`khala refine` and `khala render`: the later stages anew, from a take."""
+"""`khala refine`, `khala render` and `khala play`: the later stages again, from a take."""
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +11,35 @@ import click
 
 from khala_mlx.cli.options import (
     FILE,
-    adapter_options,
-    finish_options,
+    FileArgs,
+    ModelArgs,
+    file_options,
     json_option,
-    model_option,
+    model_options,
     output_option,
     play_option,
-    recorded,
-    tag_options,
+    together,
 )
 from khala_mlx.cli.terminal import command
 
-
-def _options_of_takes(work: Any) -> Any:
-    for option in (
-        json_option,
-        play_option,
-        finish_options,
-        tag_options,
-        output_option,
-        adapter_options,
-        model_option,
-        click.argument("path", type=FILE, metavar="TAKE"),
-    ):
-        work = option(work)
-    return work
+_options_of_takes = together(
+    click.argument("path", type=FILE, metavar="TAKE"),
+    model_options,
+    output_option,
+    file_options,
+    play_option,
+    json_option,
+)
 
 
 @click.command()
 @_options_of_takes
-@click.option("--seed", type=int, help="The seed of the detail.  [default: drawn]")
-@click.option("--refine-top-k", type=int, help="[default: as in the take]")
+@click.option("--seed", type=int, help="Seed of the detail.  [default: random]")
+@click.option(
+    "--refine-top-k",
+    type=int,
+    help="Sample from the k most likely codes (1 = greedy).  [default: as in the take]",
+)
 @click.option(
     "--refine-expected/--refine-drawn",
     default=None,
@@ -53,65 +51,93 @@ def refine(
     seed: int | None,
     refine_top_k: int | None,
     refine_expected: bool | None,
-    **options: Any,
+    model: ModelArgs,
+    output: Path | None,
+    file: FileArgs,
+    play: bool,
+    as_json: bool,
 ) -> None:
-    """Keep what TAKE's backbone composed and make the detail anew, as a song of its own."""
-    from khala_mlx.audio.files import check_output
-    from khala_mlx.cli.session import finish_of, free_name, open_model, write_song
-    from khala_mlx.errors import KhalaError
-    from khala_mlx.song.song import check_free
+    """Keep what TAKE's backbone composed and make new detail, as a song of its own."""
+    from khala_mlx.cli.session import Output, free_name, open_model, save_song
     from khala_mlx.song.take import Take
-    from khala_mlx.text import resuming
 
     take = Take.load(path)
-    options = recorded(take.options, options)
-    output = options["output"] or free_name(take.suffix)
-    check_output(output, finish_of(options).bit_depth)
-    check_free(output)
-    if not take.layers:
-        raise KhalaError(f"{path} holds no codes yet: go on with `{resuming(path)}`.")
-    khala = open_model(options, take)
-    seed = secrets.randbelow(2**32) if seed is None else seed
+    file = file.with_recorded(take.options)
+    target = Output(output or free_name(take.suffix), file, model, play, as_json)
+    target.check()
+    take.check_composed(path)
+    khala = open_model(model, take)
     asked: dict[str, Any] = {"refine_top_k": refine_top_k, "refine_expected": refine_expected}
     changes = {name: value for name, value in asked.items() if value is not None}
-    request = dataclasses.replace(take.request, refine_seed=seed, **changes)
-    write_song(khala, khala.redo(take, request), output, options)
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    request = replace(take.request, refine_seed=seed, **changes)
+    save_song(khala, khala.refine_again(take, request), target)
 
 
 @click.command()
 @_options_of_takes
 @command
-def render(path: Path, **options: Any) -> None:
-    """Make the sound of TAKE, as far as it is refined."""
-    from khala_mlx.audio.files import check_output
-    from khala_mlx.cli.session import (
-        check_unfinished,
-        finish_of,
-        open_model,
-        write_draft,
-        write_song,
-    )
+def render(
+    path: Path,
+    model: ModelArgs,
+    output: Path | None,
+    file: FileArgs,
+    play: bool,
+    as_json: bool,
+) -> None:
+    """Make the sound of TAKE, with the codebooks that are refined."""
+    from khala_mlx.cli.session import Output, open_model, save_draft, save_song
     from khala_mlx.errors import KhalaError
-    from khala_mlx.song.song import check_free, take_path
+    from khala_mlx.song.song import take_path
     from khala_mlx.song.take import Take, song_path
-    from khala_mlx.text import resuming
 
     take = Take.load(path)
-    options = recorded(take.options, options)
-    output = options["output"] or song_path(path, take.suffix)
-    check_output(output, finish_of(options).bit_depth)
+    file = file.with_recorded(take.options)
+    output = output or song_path(path, take.suffix)
     own = take_path(output).absolute() == path.absolute()
-    if not take.layers:
-        raise KhalaError(f"{path} holds no codes yet: go on with `{resuming(path)}`.")
-    if not own:
-        check_free(output)
-    elif not check_unfinished(take, output):
-        raise KhalaError(f"{output} exists already; remove it or choose another --output.")
-    khala = open_model(options, take)
-    adopted = khala.adopt(take, same=False)
+    target = Output(output, file, model, play, as_json, resumed=own)
+    take.check_composed(path)
+    if not target.check(take if own else None):
+        raise KhalaError(f"{output} exists already. Remove it or choose another --output.")
+    khala = open_model(model, take)
+    adopted = khala.resume(take, same=False)
     adopted.credit(take)
-    take = adopted
-    if take.whole:
-        write_song(khala, take, output, options, resumed=own)
+    if adopted.whole:
+        save_song(khala, adopted, target)
     else:
-        write_draft(khala, take, output, {**options, "draft": take.layers}, resumed=own)
+        save_draft(khala, adopted, target, adopted.codebooks)
+
+
+@click.command()
+@click.argument("path", type=FILE, metavar="FILE-OR-TAKE")
+@model_options
+@command
+def play(path: Path, model: ModelArgs) -> None:
+    """Play a sound file, or a take with the codebooks that are refined. Shows the keys."""
+    from khala_mlx.audio.files import read_sound
+    from khala_mlx.audio.player import Track
+    from khala_mlx.cli.playback import play_in_terminal
+
+    if path.suffix == ".safetensors":
+        _play_take(path, model)
+    else:
+        play_in_terminal(Track.whole(*read_sound(path)))
+
+
+def _play_take(path: Path, model: ModelArgs) -> None:
+    from khala_mlx.audio.player import Track, heard_while_made
+    from khala_mlx.cli.playback import play_in_terminal
+    from khala_mlx.cli.session import open_model
+    from khala_mlx.song.take import Take
+
+    take = Take.load(path)
+    take.check_composed(path)
+    khala = open_model(model, take)
+    codes = khala.resume(take, same=False).codes
+    codec = khala.config.codec
+    track = Track(codes.shape[1] * codec.hop, codec.channels, codec.sample_rate)
+    with heard_while_made(track, play_in_terminal) as listened:
+        for block in khala.render_stream(codes, draft=True):
+            track.add(block)
+            if not listened():
+                break

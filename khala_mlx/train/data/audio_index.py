@@ -1,4 +1,4 @@
-"""What is known of sound files, so that each has to be decoded once: content, length and peak."""
+"""What is known of sound files, so that each must be decoded once: content, length and peak."""
 
 from __future__ import annotations
 

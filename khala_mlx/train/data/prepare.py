@@ -173,11 +173,11 @@ def prepare(
     Raises:
         KhalaError: if there is no sound file, none can be used, `folder` holds a table of another
             kind, or the disk is full. A song that
-            cannot be used is no error: it is in the report.
+            cannot be used is not an error: it is in the report.
     """
     check_folder(folder)
     if not (0 < valid_share < 1 and max_minutes > 0):
-        raise KhalaError("valid_share has to lie between 0 and 1, and max_minutes above 0.")
+        raise KhalaError("valid_share must lie between 0 and 1, and max_minutes above 0.")
     report = on_progress or (lambda stage, done, total: None)
     codec = tools.codec.config
     hearing = Hearing(

@@ -44,7 +44,7 @@ def read_prepared(
     tokenizer.check(layout)
     _check_tokenizer(source / "tokenizer.json", data / "tokenizer.json")
     if not 0 <= max_seconds < math.inf:
-        raise KhalaError(f"max_seconds has to be a number of seconds, got {max_seconds}.")
+        raise KhalaError(f"max_seconds must be a number of seconds, got {max_seconds}.")
     most = int(max_seconds * config.codec.frame_rate)
     if max_seconds and not most:
         raise KhalaError(f"{max_seconds} seconds are less than one frame.")
@@ -71,6 +71,6 @@ def _check_tokenizer(ours: Path, theirs: Path) -> None:
     except OSError as error:
         raise KhalaError(f"{theirs} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise KhalaError(f"{theirs} is no valid JSON.") from error
+        raise KhalaError(f"{theirs} is not valid JSON.") from error
     if not same:
         raise KhalaError(f"{theirs} is not the model's; prepare the songs with the model.")

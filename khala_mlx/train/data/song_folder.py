@@ -28,7 +28,7 @@ class Unusable(KhalaError):
     """Why a song is left out: `reason` in a word, for counting, and as a sentence."""
 
     def __init__(self, reason: str, sentence: str) -> None:
-        # Names of files need not be valid text, what is reported has to be.
+        # File names may not be valid text, but the report must be.
         super().__init__(sentence.encode("utf-8", "replace").decode())
         self.reason = reason
 
@@ -47,7 +47,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Words:
-    """What is told of a song. `minutes` is 0 where only the sound tells."""
+    """What is known of a song. `minutes` is 0 if only the sound can show it."""
 
     tags: str = ""
     lyrics: str = ""
@@ -86,7 +86,7 @@ def has_splits(folder: Path) -> bool:
 
 
 def shown(path: Path) -> str:
-    """A path as text; what is no valid text in it is replaced, so that it can be written."""
+    """A path as text; what is not valid text in it is replaced, so that it can be written."""
     return os.fsencode(path.as_posix()).decode("utf-8", "replace")
 
 
@@ -160,7 +160,9 @@ def _text(sound: Path, suffix: str, without: str) -> str:
     except FileNotFoundError:
         return without
     except UnicodeDecodeError as error:
-        raise Unusable("words", f"{path.name} is no text in UTF-8; save it as such.") from error
+        raise Unusable(
+            "words", f"{path.name} is not valid UTF-8. Save it as UTF-8 and try again."
+        ) from error
     except OSError as error:
         raise Unusable("words", f"{path.name} cannot be read: {error.strerror}.") from error
 
@@ -175,9 +177,9 @@ def _row(line: bytes) -> tuple[str, Words]:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise Unusable("table", "it is no JSON in UTF-8.") from error
+        raise Unusable("table", "it is not valid JSON.") from error
     if not isinstance(row, dict):
-        raise Unusable("table", "it is no JSON object.")
+        raise Unusable("table", "it is not a JSON object.")
     row = {name: value for name, value in row.items() if value is not None}
     # file_name is what Hugging Face's tables of sound say.
     name = _string("file", row.get("file", row.get("file_name", "")))
@@ -198,10 +200,10 @@ def _checked(values: Mapping[str, Any]) -> Words:
     for name in ("tags", "lyrics", "artist", "language"):
         _string(name, values.get(name, ""))
     if not isinstance(values.get("instrumental", False), bool):
-        raise Unusable("table", "instrumental has to be true or false.")
+        raise Unusable("table", "instrumental must be true or false.")
     minutes = values.get("minutes", 1)
     if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not 0 < minutes < 1e6:
-        raise Unusable("table", "minutes has to be a number above 0.")
+        raise Unusable("table", "minutes must be a number above 0.")
     if "minutes" in values:
         values = {**values, "minutes": max(1, int(minutes + 0.5))}
     words = Words(**values)
@@ -213,9 +215,9 @@ def _checked(values: Mapping[str, Any]) -> Words:
 
 def _string(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise Unusable("table", f"{name} has to be text.")
+        raise Unusable("table", f"{name} must be text.")
     if any(unicodedata.category(character) == "Cs" for character in value):
-        raise Unusable("table", f"{name} is no valid text: it holds a lone surrogate.")
+        raise Unusable("table", f"{name} is not valid text: it holds a lone surrogate.")
     return value
 
 

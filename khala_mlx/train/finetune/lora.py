@@ -44,7 +44,7 @@ def add_lora(model: Backbone, settings: LoraTraining) -> None:
 
 
 def lora_parameters(settings: LoraTraining) -> dict[str, Any]:
-    """What mlx-lm's layers are told, under its names."""
+    """The settings of mlx-lm's layers, under its names."""
     return {
         "rank": settings.rank,
         "scale": settings.scale,
@@ -208,7 +208,7 @@ class LoraRun(Run):
         return self._gave_up()
 
     def adapter(self) -> dict[str, mx.array]:
-        """What the run has to show: the best adapter so far, or without patience the last."""
+        """What the run must show: the best adapter so far, or without patience the last."""
         best = {
             name.removeprefix(_BEST): array
             for name, array in self.task.state.items()
@@ -218,7 +218,7 @@ class LoraRun(Run):
 
     def _start(self, optimizer: optim.Optimizer, resume: bool) -> int:
         step = super()._start(optimizer, resume)
-        self.processes.agree(f"{step}", "checkpoint: OUT has to be one folder that all see")
+        self.processes.agree(f"{step}", "checkpoint: OUT must be one folder that all see")
         self.task.model.update(self.processes.from_leader(self.learnt()))
         if step == 0:
             figures = self.task.validate()

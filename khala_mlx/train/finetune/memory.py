@@ -33,7 +33,7 @@ _READS = {"q_proj": "x", "k_proj": "x", "v_proj": "x", "gate_proj": "h", "up_pro
 @dataclass(frozen=True)
 class Machine:
     """Where a training runs: the bytes of an activation, on the CPU backend or not, and whether
-    packed layers were unpacked when they were loaded."""
+    quantized layers were dequantized when they were loaded."""
 
     width: int
     on_cpu: bool

@@ -86,7 +86,7 @@ def plan(model: str | Path, data: Path, settings: LoraTraining, replay: Path | N
     # mlx-lm's DoRA layer takes 32 / bits for a whole number.
     odd = any(32 % how.bits for how in config.quantization.values())
     if settings.dora and odd and not machine.unpacked:
-        raise KhalaError("DoRA needs a model that is packed to 4 or 8 bits, or not at all.")
+        raise KhalaError("DoRA needs a model that is quantized to 4 or 8 bits, or not at all.")
     train, valid = _songs(source, config, data, settings)
     old: list[Example] = []
     if replay is not None:
@@ -157,7 +157,7 @@ def train_lora(
     if not processes.leads:
         return figures
     log = entries(folder / LOG)
-    # A run that goes on without its log has no first loss to tell, nor steps if none were left.
+    # A run that continues without its log has no first loss to tell, nor steps if none were left.
     first = log[0] if log else {"step": 1}
     before = {"loss_before": first["valid_loss"]} if first["step"] == 0 else {}
     steps = {"steps": log[-1]["step"]} if log else {}

@@ -116,7 +116,7 @@ def test_bad_data_never_stops_the_run(
     song(songs / "endless.wav", 11, lyrics="la " * 400)
     (songs / "tape.m4a").write_bytes(b"no converter is there")
     (songs / "._a.wav").write_bytes(b"what a Mac leaves on other disks")
-    # Linux takes names that are no text, Macs refuse them.
+    # Linux takes names that are not text, Macs refuse them.
     unnamed = {"caf\ufffd.wav"} if sys.platform == "linux" else set()
     if unnamed:
         song(songs / "plain.wav", 12).rename(songs / os.fsdecode(b"caf\xe9.wav"))
@@ -532,4 +532,4 @@ def test_options_that_are_no_numbers(tiny_folder: Path, tmp_path: Path) -> None:
     for option in ("--valid-share", "--max-minutes"):
         result = run(tiny_folder, tmp_path / "songs", tmp_path / "out", option, "nan")
         assert result.exit_code == 1
-        assert "has to lie between" in result.stderr
+        assert "must lie between" in result.stderr

@@ -140,7 +140,7 @@ def test_what_cannot_be_evaluated(tiny_folder: Path, data: Path, tmp_path: Path)
     assert "need an --adapter" in evaluate(*options, "--listen", tmp_path / "page").stderr
     damaged = write_songs(tmp_path / "damaged", [9, 9], held_out=1)
     (damaged / "codes" / "s0.npz").write_bytes(b"PK")
-    assert "is no .npz file" in evaluate("-m", tiny_folder, "--data", damaged).stderr
+    assert "is not a .npz file" in evaluate("-m", tiny_folder, "--data", damaged).stderr
     (damaged / "metadata.jsonl").write_text("{")
     result = evaluate("-m", tiny_folder, "--data", damaged)
     assert result.exit_code == 1

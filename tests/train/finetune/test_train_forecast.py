@@ -159,7 +159,7 @@ def test_the_released_sizes_on_a_laptop() -> None:
 
 
 @pytest.mark.slow
-# Packed matrices are slow on the CPU backend: two minutes of sound would take an hour.
+# Quantized matrices are slow on the CPU backend: two minutes of sound would take an hour.
 @pytest.mark.parametrize(("bits", "tokens"), [(None, TWO_MINUTES), (4, FEW)])
 def test_a_quarter_of_the_released_depth(tmp_path: Any, bits: int | None, tokens: int) -> None:
     """Six of 24 layers, all widths and the vocabulary as released, in float32."""

@@ -1,4 +1,4 @@
-"""`khala train lora`: what is learnt, kept, gone on with and refused; from a song back to it."""
+"""`khala train lora`: what is learnt, kept, continued and refused; from a song back to it."""
 
 import dataclasses
 import json
@@ -257,7 +257,7 @@ def test_on_a_packed_base(
     entries = log(tmp_path / "run")
     assert entries[-1]["loss"] < entries[1]["loss"]
     assert math.isfinite(figures["loss"])
-    # The adapter fits what the base was packed from, too.
+    # The adapter fits what the base was quantized from, too.
     Khala.from_pretrained(tmp_path / "packed").load_adapters([tmp_path / "run"])
 
 
@@ -265,10 +265,10 @@ def test_dora_on_six_bits_is_refused(
     tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(tiny_folder, tmp_path / "packed", dtype="float32", quantize=6, group_size=32)
-    # Unpacked when loaded, it does not matter.
+    # Dequantized when loaded, it does not matter.
     plan(tmp_path / "packed", data, settings(dora=True))
     monkeypatch.setattr(fine_tuning, "CPU_UNPACKED_BYTES", 0)
-    with pytest.raises(KhalaError, match="packed to 4 or 8 bits"):
+    with pytest.raises(KhalaError, match="quantized to 4 or 8 bits"):
         plan(tmp_path / "packed", data, settings(dora=True))
 
 
@@ -333,7 +333,7 @@ def test_data_that_does_not_go_with_the_model(
     with pytest.raises(KhalaError, match="is not the model's"):
         plan(tiny_folder, other, settings())
     (other / "tokenizer.json").write_text("{")
-    with pytest.raises(KhalaError, match="no valid JSON"):
+    with pytest.raises(KhalaError, match="not valid JSON"):
         plan(tiny_folder, other, settings())
     foreign = write_songs(tmp_path / "foreign", [9, 9], held_out=1, codes=400)
     with pytest.raises(KhalaError, match="another codec"):
@@ -348,13 +348,13 @@ def test_data_that_does_not_go_with_the_model(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"rank": 0}, "rank has to be above 0"),
-        ({"scale": math.nan}, "scale has to be a number"),
-        ({"max_seconds": math.inf}, "max_seconds has to be a number"),
-        ({"schedule": {"seed": -1}}, "seed has to be a whole number from 0"),
-        ({"dropout": 1.0}, "dropout has to lie"),
-        ({"replay_share": 1.0}, "replay_share has to lie"),
-        ({"layers": -1}, "layers has to be 0 or above"),
+        ({"rank": 0}, "rank must be above 0"),
+        ({"scale": math.nan}, "scale must be a number"),
+        ({"max_seconds": math.inf}, "max_seconds must be a number"),
+        ({"schedule": {"seed": -1}}, "seed must be a whole number from 0"),
+        ({"dropout": 1.0}, "dropout must lie"),
+        ({"replay_share": 1.0}, "replay_share must lie"),
+        ({"layers": -1}, "layers must be 0 or above"),
         ({"modules": ("q_proj", "lm_head")}, "modules are q_proj, .*, not lm_head"),
         ({"modules": ()}, "each linear layer once"),
         ({"modules": ("q_proj", "q_proj")}, "each linear layer once"),
@@ -395,7 +395,7 @@ def test_another_file_is_no_checkpoint(
     tiny_folder: Path, data: Path, tmp_path: Path, about: dict[str, str]
 ) -> None:
     mx.save_safetensors(str(tmp_path / "checkpoint.safetensors"), {"a": mx.zeros(2)}, about)
-    with pytest.raises(KhalaError, match="is no whole checkpoint"):
+    with pytest.raises(KhalaError, match="is not a complete checkpoint"):
         train_lora(plan(tiny_folder, data, settings()), tmp_path, resume=True)
 
 
