@@ -1,7 +1,7 @@
-"""A newcomer's ten tasks: exactly the commands of docs/cookbook.md, on models that take no time.
+"""A newcomer's ten tasks: exactly the commands of docs/cookbook.md, on tiny models.
 
-The environment stands for what a newcomer's machine has: KHALA_MODEL names a tiny model instead of
-the one in the box, and songs and training are short.
+Environment variables select a tiny model instead of the bundled demo model, and make songs and
+training short.
 """
 
 import os
