@@ -62,7 +62,7 @@ def check_codes(codes: Any, *, layers: int, codebook_size: int, fewer: bool = Fa
     Raises:
         KhalaError: for anything else.
     """
-    array = plain_array(codes, "Codes have")
+    array = plain_array(codes, "Codes")
     least = 1 if fewer else layers
     if array.ndim != 2 or not least <= array.shape[0] <= layers:
         wanted = f"1..{layers}" if fewer else f"{layers}"
@@ -87,7 +87,7 @@ def check_begun(layout: TokenLayout, coarse: Any, refined: Any = None) -> np.nda
     size = layout.codebook_size
     # One type for all: NumPy joins int64 and uint64 to floats.
     codes = check_codes(coarse, layers=layout.num_coarse, codebook_size=size).astype(np.int64)
-    refined = np.empty((0, 0)) if refined is None else plain_array(refined, "Codes have")
+    refined = np.empty((0, 0)) if refined is None else plain_array(refined, "Codes")
     if refined.ndim and len(refined) == 0:
         return codes
     fine = layout.num_codebooks - layout.num_coarse
@@ -105,7 +105,7 @@ def check_prompt(ids: Any) -> np.ndarray:
     Raises:
         KhalaError: if they are none, or no whole numbers.
     """
-    array = plain_array(ids, "Token ids have")
+    array = plain_array(ids, "Token ids")
     if array.ndim == 1 and array.size == 0:
         raise KhalaError("Token ids must hold at least one token.")
     if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -117,8 +117,8 @@ def check_prompt(ids: Any) -> np.ndarray:
 
 
 def plain_array(given: Any, what: str) -> np.ndarray:
-    """An array, or lists that make one; `what` begins the sentence for anything else."""
+    """Return an array, or lists that make one; `what` names it in the error for anything else."""
     try:
         return np.asarray(given)
     except ValueError as error:
-        raise KhalaError(f"{what} to be an array, its rows of one length.") from error
+        raise KhalaError(f"{what} must be an array whose rows have the same length.") from error

@@ -51,7 +51,7 @@ def edited(**changes: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"surprise": 1}, "unknown keys: nats per token"),
+        ({"surprise": 1}, "unknown keys: surprise"),
         ({"codec__hop": 1}, "unknown keys: hop"),
         ({"backbone": ...}, "is missing keys: backbone"),
         ({"backbone__num_layers": ...}, "is missing keys: num_layers"),

@@ -356,7 +356,7 @@ def _report(on_progress: Progress | None, done: int, total: int) -> None:
 
 
 def _checked_waveform(given: np.ndarray, channels: int) -> np.ndarray:
-    waveform = tokens.plain_array(given, "A waveform has")
+    waveform = tokens.plain_array(given, "A waveform")
     if waveform.ndim != 2 or waveform.shape[1] != channels:
         shape = list(waveform.shape)
         raise AudioError(f"A waveform must be an array of shape [L, {channels}], got {shape}.")

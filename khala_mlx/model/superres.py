@@ -239,7 +239,7 @@ class SuperRes(Transformer):
 
     def _check_kept(self, kept: np.ndarray | None, codes: np.ndarray) -> np.ndarray:
         """Codes [k, T0] that stay; [0, 0] for none."""
-        kept = np.empty((0, 0)) if kept is None else tokens.plain_array(kept, "Codes have")
+        kept = np.empty((0, 0)) if kept is None else tokens.plain_array(kept, "Codes")
         if kept.size == 0:
             return np.empty((0, 0), dtype=np.int32)
         layout = self.layout

@@ -215,7 +215,7 @@ class Transformer(nn.Module):
 
     def checked_ids(self, ids: Any, ndim: int, axes: str) -> mx.array:
         """`ids` as int32; a gather outside the table would return garbage silently."""
-        array = tokens.plain_array(ids, "Token ids have")
+        array = tokens.plain_array(ids, "Token ids")
         if array.ndim != ndim or array.dtype.kind not in "iu" or array.size == 0:
             raise KhalaError(
                 f"Token ids must be integers of shape {axes}, got {array.dtype} of shape "

@@ -51,7 +51,7 @@ def song_budget(
 def new_take(parts: Parts, source: str, request: Request, prefix: np.ndarray | None) -> Take:
     """Return the take of a song that is not composed yet; see Khala.begin."""
     config = parts.config
-    prefix = no_codes() if prefix is None else token_ids.plain_array(prefix, "Codes have")
+    prefix = no_codes() if prefix is None else token_ids.plain_array(prefix, "Codes")
     if prefix.size:
         coarse, refined = np.split(np.atleast_1d(prefix), [config.tokens.num_coarse])
         prefix = token_ids.check_begun(config.tokens, coarse, refined)

@@ -14,6 +14,7 @@ from khala_mlx.config import BackboneConfig, TokenLayout
 from khala_mlx.errors import KhalaWarning
 from khala_mlx.model.backbone import Backbone
 from khala_mlx.model.cache import make_cache, spread
+from khala_mlx.model.sampling import Sampling
 
 KEY = mx.random.key(0)
 
@@ -98,7 +99,7 @@ def test_compose_is_the_greedy_tokens(reference: tuple[str, Khala], greedy: dict
 def test_an_unreachable_token_is_an_error(
     reference: tuple[str, Khala], greedy: dict[str, Any]
 ) -> None:
-    with pytest.raises(KhalaError, match="no code of layer"):
+    with pytest.raises(KhalaError, match="not a code of codebook"):
         reference[1].compose(
             np.array(greedy["text.prompt"]), max_frames=12, top_k=1, reachable_only=False
         )
@@ -283,9 +284,9 @@ def test_a_batch_reads_the_prompt_once_and_drops_songs_that_ended(
 
 
 def test_a_batch_in_which_every_song_fails_is_an_error(tiny: Khala) -> None:
-    sampling = {"max_frames": 8, "min_frames": 8, "reachable_only": False, "top_k": 1}
-    with pytest.raises(KhalaError, match="no code of layer"):
-        tiny.compose_many(np.array([5]), seeds=[1, 2], **sampling)
+    sampling = Sampling(reachable_only=False, top_k=1)
+    with pytest.raises(KhalaError, match="not a code of codebook"):
+        tiny.compose_many(np.array([5]), sampling, seeds=[1, 2], max_frames=8, min_frames=8)
 
 
 def test_a_batch_needs_seeds(tiny: Khala) -> None:
@@ -325,10 +326,10 @@ def test_a_packed_cache_stays_close(wide: Backbone, kv_bits: int) -> None:
 
 def test_songs_from_a_packed_cache(wide: Backbone) -> None:
     keys = [mx.random.key(seed) for seed in (1, 2)]
-    sampling = {"max_frames": 30, "min_frames": 30, "kv_bits": 8}
-    songs = wide.compose_many(np.arange(9), keys=keys, **sampling)
+    frames, sampling = {"max_frames": 30, "min_frames": 30}, Sampling(kv_bits=8)
+    songs = wide.compose_many(np.arange(9), sampling, keys=keys, **frames)
     for key, song in zip(keys, songs, strict=True):
-        assert np.array_equal(compose_one(wide, np.arange(9), key=key, **sampling), song)
+        assert np.array_equal(compose_one(wide, np.arange(9), key=key, kv_bits=8, **frames), song)
 
 
 def test_a_packing_that_cannot_be_is_refused(tiny: Khala) -> None:

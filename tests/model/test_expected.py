@@ -74,9 +74,9 @@ def test_nothing_is_owed_for_frames_that_are_known(codebooks: mx.array) -> None:
     """A window of four frames from the third on, whose first two come from the window before."""
     expected = Expected(codebooks, 6, 2)
     expected.choose(logits(1, 4), 2, 0, 0)
-    before = np.array(expected._owed)
+    before = np.array(expected._left_over)
     expected.choose(logits(2, 4), 2, 2, 2)
-    after = np.array(expected._owed)
+    after = np.array(expected._left_over)
     np.testing.assert_array_equal(after[:4], before[:4])
     assert (before[4:] == 0).all()
     assert np.abs(after[4:]).min() > 0
@@ -107,7 +107,7 @@ def test_in_pieces_it_gives_the_same(model: SuperRes, codebooks: mx.array, frame
             expected=expected,
         )
     np.testing.assert_array_equal(codes, whole)
-    with pytest.raises(KhalaError, match="continue with layer 8, not with 2"):
+    with pytest.raises(KhalaError, match="continue at codebook 8, not at 2"):
         model.refine(np.arange(8), coarse, key=key, expected=expected)
 
 
@@ -122,32 +122,32 @@ def test_a_song_depends_on_no_seed_of_detail_and_goes_on_from_any_state(
         states.append(path)
 
     request = Request(**ASKED, seed=5, refine_expected=True)  # type: ignore[arg-type]
-    song = tiny.make(tiny.begin(request), on_take=keep)
+    song = tiny.finish(tiny.begin(request), on_take=keep)
     other = tiny.generate(**ASKED, seed=5, refine_expected=True, refine_seed=9)
     np.testing.assert_array_equal(other.codes, song.codes)
     drawn = tiny.generate(**ASKED, seed=5)
     np.testing.assert_array_equal(drawn.codes[:2], song.codes[:2])
     assert not np.array_equal(drawn.codes, song.codes)
-    draft = tiny.make(tiny.begin(request), codebooks=5)
-    assert draft.take.layers == 5
+    draft = tiny.finish(tiny.begin(request), codebooks=5)
+    assert draft.take.codebooks == 5
     np.testing.assert_array_equal(draft.codes, song.codes[:5])
     draft.take.save(tmp_path / "draft.take.safetensors")
     for path in (*states, tmp_path / "draft.take.safetensors"):
-        again = tiny.make(tiny.adopt(Take.load(path)))
+        again = tiny.finish(tiny.resume(Take.load(path)))
         np.testing.assert_array_equal(again.codes, song.codes)
 
 
 def test_codebooks_are_those_of_the_codec(tiny: Khala) -> None:
-    tiny.release("codec")
-    read = np.array(tiny.expecting(3).codebooks)
+    tiny.parts.release("codec")
+    read = np.array(tiny._expected(3).codebooks)
     np.testing.assert_array_equal(read, np.array(tiny.codec.quantizer.codebooks))
-    assert tiny.expecting(3).codebooks is tiny.codec.quantizer.codebooks
+    assert tiny._expected(3).codebooks is tiny.codec.quantizer.codebooks
 
 
 def test_the_plan_counts_it(tiny: Khala) -> None:
     request = Request(**ASKED)  # type: ignore[arg-type]
     peaks = [
-        tiny.plan(dataclasses.replace(request, refine_expected=on))["memory"]["stages"]
+        tiny.preview(dataclasses.replace(request, refine_expected=on))["memory"]["stages"]
         for on in (False, True)
     ]
     sizes = tiny.config.codec
@@ -160,7 +160,7 @@ def test_codebooks_are_read_before_they_are_used(tmp_path: Path) -> None:
     """A graph of the GPU must not wait for a file."""
     folder = write_tiny_model(tmp_path / "tiny")
     wanted = np.array(Khala.from_pretrained(folder).codec.quantizer.codebooks)
-    expected = Khala.from_pretrained(folder).expecting(FRAMES)
+    expected = Khala.from_pretrained(folder)._expected(FRAMES)
     weights = folder / "codec.safetensors"
     weights.write_bytes(bytes(weights.stat().st_size))
     np.testing.assert_array_equal(np.array(expected.codebooks), wanted)

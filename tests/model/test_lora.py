@@ -46,7 +46,7 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
 
 def dense(khala: Khala, adapters: list[tuple[Adapter, float]]) -> np.ndarray:
     """Logits of a model whose matrices have been changed by hand."""
-    plain = Khala.from_pretrained(khala.folder)
+    plain = Khala.from_pretrained(khala.parts.folder)
     layers = dict(plain.backbone.named_modules())
     for path in adapters[0][0].pairs:
         before = matrix(layers[path])
@@ -161,7 +161,7 @@ def test_mlx_lm_reads_the_folder_too(khala: Khala, saved: Callable[..., Path]) -
     for dora in (False, True):
         folder = saved(random_adapter(CONFIG, f"dora-{dora}", dora=dora))
         khala.load_adapters([folder])
-        theirs = load_adapters(Khala.from_pretrained(khala.folder).backbone, str(folder))
+        theirs = load_adapters(Khala.from_pretrained(khala.parts.folder).backbone, str(folder))
         theirs.eval()
         assert np.abs(khala.backbone(IDS) - theirs(IDS)).max() < 20 * CLOSE
 

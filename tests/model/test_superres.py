@@ -232,12 +232,12 @@ def test_kept_codes_stay_and_are_seen(tiny: Khala, context: int, layers: int, fr
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"layers": 1}, "layers must be a whole number 2..8"),
-        ({"layers": 9}, "layers must be"),
-        ({"layers": 3.0}, "layers must be"),
+        ({"codebooks": 1}, "codebooks must be a whole number from 2 to 8"),
+        ({"codebooks": 9}, "codebooks must be"),
+        ({"codebooks": 3.0}, "codebooks must be"),
         ({"refined": np.zeros((2, 3), int)}, "refined codes have 3 frames"),
         ({"refined": np.zeros((7, 4), int)}, "shape"),
-        ({"refined": np.zeros((2, 4), int), "layers": 3}, "4..8"),
+        ({"refined": np.zeros((2, 4), int), "codebooks": 3}, "from 4 to 8"),
         ({"kept": np.ones((2, 2), int)}, "are to stay"),
         ({"kept": np.zeros((2, 5), int)}, "are to stay"),
     ],

@@ -54,7 +54,9 @@ def heads_exchanged(khala: Khala, part: str) -> None:
 
 def other_rope_base(khala: Khala, part: str) -> None:
     sizes = getattr(khala.config, part)
-    khala.config = replace(khala.config, **{part: replace(sizes, rope_base=50 * sizes.rope_base)})
+    khala.parts.config = replace(
+        khala.config, **{part: replace(sizes, rope_base=50 * sizes.rope_base)}
+    )
 
 
 def noise(khala: Khala, part: str) -> None:
@@ -100,7 +102,7 @@ def test_numbers_that_are_none_do_not_hold(tiny_folder: Path) -> None:
 def test_exchanged_scales_are_found(tmp_path: Path) -> None:
     """Of a quantized matrix, as a converter that mixes up two of them would leave them."""
     folder = tmp_path / "model"
-    shutil.copytree(Khala.from_pretrained("demo").folder, folder)
+    shutil.copytree(Khala.from_pretrained("demo").parts.folder, folder)
     tensors = mx.load(str(folder / "superres.safetensors"))
     one, other = (f"layers.1.self_attn.{name}_proj.scales" for name in ("q", "o"))
     assert tensors[one].shape == tensors[other].shape
@@ -109,7 +111,7 @@ def test_exchanged_scales_are_found(tmp_path: Path) -> None:
     mx.eval(tensors)
     mx.save_safetensors(str(folder / "superres.safetensors"), tensors)
     khala = Khala.from_pretrained(folder)
-    khala.parts.fingerprint = Khala.from_pretrained("demo").fingerprint
+    khala.parts.fingerprint = Khala.from_pretrained("demo").parts.fingerprint
     told = goldens.check(khala)
     assert not told["holds"]
     assert told["superres_nats"] > goldens.MOST_NATS["superres"]
@@ -122,7 +124,7 @@ def test_the_command(folder: Path) -> None:
 
     code, _, errors = run()
     assert code == 1
-    assert "has no goldens" in errors
+    assert "has no stored reference outputs" in errors
     assert run("--record")[0] == 0
     code, told, _ = run("--json")
     assert code == 0

@@ -122,7 +122,7 @@ def test_what_cannot_be_measured_is_refused(tiny_folder: Path, tmp_path: Path) -
     convert(tiny_folder, tmp_path / "four", dtype="float32", quantize="4", group_size=32)
     with pytest.raises(KhalaError, match="quantized already"):
         mixed(Khala.from_pretrained(tmp_path / "four"), 4)
-    assert plain._parts == {}
+    assert plain.parts._loaded == {}
 
 
 def test_layers_by_name_exclude_rules(tiny_folder: Path, tmp_path: Path) -> None:
