@@ -18,8 +18,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from khala_mlx.model.attention import attend
 from khala_mlx.model.cache import make_cache
-from khala_mlx.model.transformer import EVALUATED_ROWS, Block, attend
+from khala_mlx.model.transformer import EVALUATED_ROWS, Block
 from khala_mlx.performance.bench import RandomParts
 
 Piece = Callable[..., Any]

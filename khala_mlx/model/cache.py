@@ -17,9 +17,6 @@ from khala_mlx.text import shown
 
 # What mx.quantize quantizes a cache to; fewer bits than 4 are not heard of for keys.
 KV_BITS = (4, 8)
-# On the GPU products with quantized values are only whole for heads of a multiple of this: the last
-# columns of others are not written once 1024 tokens are cached (ml-explore/mlx#4250).
-_WHOLE_COLUMNS = 64
 
 
 def check_kv_bits(kv_bits: int | None, head_dim: int) -> None:
@@ -74,22 +71,6 @@ def keep_rows(caches: list[Any], rows: mx.array) -> None:
             kept = tree_map(lambda x: x[rows], getattr(cache, name))
             setattr(cache, name, kept)
             mx.eval(kept)
-
-
-def attend_packed(q: mx.array, k: Any, v: Any, cache: Any, *, scale: float) -> mx.array:
-    """Attention of one query [B, N, 1, D] a row over the quantized keys and values of `cache`."""
-    if q.shape[3] % _WHOLE_COLUMNS and mx.default_device() != mx.cpu:
-        known = [
-            mx.dequantize(w, scales, biases, group_size=cache.group_size, bits=cache.bits)
-            for w, scales, biases in (k, v)
-        ]
-        return mx.fast.scaled_dot_product_attention(q, *known, scale=scale)
-    from mlx_lm.models.base import quantized_scaled_dot_product_attention
-
-    attended: mx.array = quantized_scaled_dot_product_attention(
-        q, k, v, scale=scale, mask=None, group_size=cache.group_size, bits=cache.bits
-    )
-    return attended
 
 
 @contextmanager

@@ -7,9 +7,7 @@ that its LoRA layers find them. Knows nothing of prompts, codes or sampling.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -19,78 +17,10 @@ import numpy as np
 from khala_mlx import token_ids as tokens
 from khala_mlx.config import TransformerConfig
 from khala_mlx.errors import KhalaError
-from khala_mlx.model.attention import in_chunks
-from khala_mlx.model.cache import attend_packed
+from khala_mlx.model.attention import attend, attend_quantized
 
-# Sizes of a head whose attention is one kernel on the GPU, however many queries there are.
-FUSED_HEADS = (64, 80, 128)
-# Elsewhere MLX writes all scores out: chunks of queries keep them under this many bytes.
-SCORE_BYTES = 64 * 2**20
-# The same while gradients are taken: some four times as much is held then, for several chunks.
-TRAINING_SCORE_BYTES = 16 * 2**20
-
-# Set to anything, this keeps to plain products: a fused kernel that is wrong on some GPU
-# (ml-explore/mlx#4022) can then be told from a fault elsewhere.
-MANUAL_ATTENTION = "KHALA_MANUAL_ATTENTION"
 # Rows of a pass from which on each layer is evaluated before the next.
 EVALUATED_ROWS = 256
-
-
-def writes_scores(head_dim: int, *, on_cpu: bool) -> bool:
-    """Whether MLX's attention over heads of this size writes its scores out, O(S^2) bytes."""
-    return on_cpu or head_dim not in FUSED_HEADS
-
-
-def attend(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    *,
-    scale: float,
-    causal: bool,
-    training: bool = False,
-) -> mx.array:
-    """Attention of queries [B, N, Q, D] over keys and values [B, G, S, D], G dividing N.
-
-    With `causal` the last query sees the last key. Memory is O(S): where the kernel writes the
-    scores out, the queries go in chunks.
-    """
-    mask = "causal" if causal and q.shape[2] > 1 else None
-    row = 4 * q.shape[0] * q.shape[1] * k.shape[2]
-    rows = max(1, SCORE_BYTES // row)
-    by_hand = bool(os.environ.get(MANUAL_ATTENTION))
-    kernel = attend_by_hand if by_hand else mx.fast.scaled_dot_product_attention
-    written = by_hand or writes_scores(q.shape[3], on_cpu=mx.default_device() == mx.cpu)
-    if not written or q.shape[2] <= rows:
-        return kernel(q, k, v, scale=scale, mask=mask)
-    if training:
-        whole = partial(kernel, scale=scale, mask=mask)
-        rows = max(1, TRAINING_SCORE_BYTES // row)
-        return in_chunks(whole, rows, causal=causal)(q, k, v)
-    chunks = []
-    for start in range(0, q.shape[2], rows):
-        part = q[:, :, start : start + rows]
-        seen = k.shape[2] - q.shape[2] + start + part.shape[2] if causal else k.shape[2]
-        chunk = kernel(part, k[:, :, :seen], v[:, :, :seen], scale=scale, mask=mask)
-        # Left to one evaluation, the scores of all chunks would be allocated together.
-        mx.eval(chunk)
-        chunks.append(chunk)
-    return mx.concatenate(chunks, axis=2)
-
-
-def attend_by_hand(
-    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: str | None
-) -> mx.array:
-    """What the fused kernel computes, from plain products: scores [B, N, Q, S] are written out."""
-    batch, groups = k.shape[:2]
-    grouped = (q * scale).reshape(batch, groups, -1, *q.shape[2:])
-    scores = grouped @ k[:, :, None].swapaxes(-1, -2)
-    if mask == "causal":
-        queries, keys = scores.shape[-2:]
-        seen = mx.arange(keys) <= mx.arange(keys - queries, keys)[:, None]
-        scores = mx.where(seen, scores, mx.array(-mx.inf, scores.dtype))
-    weights = mx.softmax(scores, axis=-1, precise=True)
-    return (weights @ v[:, :, None]).reshape(q.shape)
 
 
 class Attention(nn.Module):
@@ -121,7 +51,7 @@ class Attention(nn.Module):
         else:
             known = cache.update_and_fetch(k, v)
             if isinstance(known[0], tuple):
-                out = attend_packed(q, known[0], known[1], cache, scale=self.scale)
+                out = attend_quantized(q, known[0], known[1], cache, scale=self.scale)
             else:
                 out = attend(q, *known, scale=self.scale, causal=causal)
         return self.o_proj(out.swapaxes(1, 2).flatten(2))

@@ -14,11 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from khala_mlx.model import ops
+from khala_mlx.model.attention import SCORE_BYTES, writes_scores
 from khala_mlx.model.backbone import Backbone
 from khala_mlx.model.codec import Codec, Conv, DecoderBlock
 from khala_mlx.model.receptive_field import decoder_halo
 from khala_mlx.model.superres import SuperRes
-from khala_mlx.model.transformer import SCORE_BYTES, writes_scores
 
 Kernel = Callable[[], Any]
 Layer = Callable[[mx.array], mx.array]

@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from khala_mlx.config import CodecConfig, KhalaConfig, TransformerConfig
+from khala_mlx.model.attention import SCORE_BYTES, writes_scores
 from khala_mlx.model.ops import TILE
 from khala_mlx.model.receptive_field import UNITS_HALO, decoder_halo
-from khala_mlx.model.transformer import SCORE_BYTES, writes_scores
 from khala_mlx.model.weights import CPU_UNPACKED_BYTES
 from khala_mlx.performance import cost as counts
 from khala_mlx.storage.adapter import NO_ADAPTERS, Extent

@@ -7,9 +7,8 @@ import mlx.core as mx
 import pytest
 from tolerances import ON_CPU
 
-from khala_mlx.model import transformer
-from khala_mlx.model.attention import in_chunks
-from khala_mlx.model.transformer import attend
+from khala_mlx.model import attention as module
+from khala_mlx.model.attention import attend, in_chunks
 
 Attend = Callable[[mx.array, mx.array, mx.array], mx.array]
 
@@ -66,10 +65,10 @@ def test_the_manual_switch_holds_in_training(monkeypatch: pytest.MonkeyPatch) ->
     attention = partial(attend, scale=8**-0.5, causal=True, training=True)
     expected = gradients(attention, inputs)
     mx.eval(expected)
-    monkeypatch.setenv(transformer.MANUAL_ATTENTION, "1")
+    monkeypatch.setenv(module.MANUAL_ATTENTION, "1")
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", None)
     # Both are one row of scores.
-    monkeypatch.setattr(transformer, "SCORE_BYTES", 4 * 2 * 4 * 9)
-    monkeypatch.setattr(transformer, "TRAINING_SCORE_BYTES", 4 * 2 * 4 * 9)
+    monkeypatch.setattr(module, "SCORE_BYTES", 4 * 2 * 4 * 9)
+    monkeypatch.setattr(module, "TRAINING_SCORE_BYTES", 4 * 2 * 4 * 9)
     for ours, theirs in zip(gradients(attention, inputs), expected, strict=True):
         assert mx.abs(ours - theirs).max().item() < 1e-4

@@ -4,7 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from khala_mlx.model.cache import attend_packed, keep_rows, make_cache, spread
+from khala_mlx.model.attention import attend_quantized
+from khala_mlx.model.cache import keep_rows, make_cache, spread
 
 
 def filled(tokens: int) -> list:
@@ -44,11 +45,11 @@ def test_packed_heads_that_a_gpu_gets_wrong_are_unpacked(monkeypatch: pytest.Mon
     (cache,) = make_cache(1, 20, kv_bits=8, head_dim=96)
     k, v = (mx.random.normal((2, 2, 9, 96), key=mx.random.key(n)) for n in range(2))
     known, q = cache.update_and_fetch(k, v), mx.random.normal((2, 4, 1, 96))
-    expected = attend_packed(mx.array(q), *known, cache, scale=0.1)
+    expected = attend_quantized(mx.array(q), *known, cache, scale=0.1)
     mx.eval(expected)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     monkeypatch.setattr(mx, "quantized_matmul", None)
-    unpacked = attend_packed(mx.array(q), *known, cache, scale=0.1)
+    unpacked = attend_quantized(mx.array(q), *known, cache, scale=0.1)
     assert mx.abs(unpacked - expected).max() < 1e-5
 
 

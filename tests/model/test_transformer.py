@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from tolerances import CLOSE
 
 from khala_mlx import Khala
-from khala_mlx.model import transformer
+from khala_mlx.model import attention
+from khala_mlx.model.attention import attend
 from khala_mlx.model.cache import make_cache
-from khala_mlx.model.transformer import attend, projector
+from khala_mlx.model.transformer import projector
 
 
 def plain_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool) -> np.ndarray:
@@ -39,12 +40,12 @@ def test_attention_in_chunks_equals_plain(
     rng = np.random.default_rng(queries)
     shapes = [(2, 4, queries, 8), (2, 2, queries + before, 8), (2, 2, queries + before, 8)]
     q, k, v = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
-    kept, transformer.SCORE_BYTES = transformer.SCORE_BYTES, budget
+    kept, attention.SCORE_BYTES = attention.SCORE_BYTES, budget
     try:
-        with patch.dict(os.environ, {transformer.MANUAL_ATTENTION: "1"} if by_hand else {}):
+        with patch.dict(os.environ, {attention.MANUAL_ATTENTION: "1"} if by_hand else {}):
             ours = attend(*map(mx.array, (q, k, v)), scale=8**-0.5, causal=causal)
     finally:
-        transformer.SCORE_BYTES = kept
+        attention.SCORE_BYTES = kept
     assert np.abs(np.array(ours) - plain_attention(q, k, v, causal)).max() < CLOSE
 
 
@@ -71,7 +72,7 @@ def test_a_gpu_gets_chunks_of_heads_it_has_no_kernel_for(
     )
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     # Two rows of scores.
-    monkeypatch.setattr(transformer, "SCORE_BYTES", 2 * 4 * 4 * 9)
+    monkeypatch.setattr(attention, "SCORE_BYTES", 2 * 4 * 4 * 9)
     chunked = attend(q, k, k, scale=0.1, causal=True)
     monkeypatch.undo()
     assert len(calls) == kernels

@@ -18,7 +18,7 @@ from khala_mlx.config import (
     SuperResConfig,
     TokenLayout,
 )
-from khala_mlx.model import transformer
+from khala_mlx.model import attention
 from khala_mlx.model.backbone import Backbone
 from khala_mlx.model.codec import Codec
 from khala_mlx.model.lora import Adapters, put_on
@@ -224,7 +224,7 @@ def test_a_gpu_writes_the_scores_of_odd_heads(monkeypatch: pytest.MonkeyPatch) -
     written = refine_bytes(odd, metal, 100, 200)
     # Longer songs have their scores written in chunks.
     assert refine_bytes(odd, metal, 100, 6000) < 10 * refine_bytes(odd, metal, 100, 1500)
-    monkeypatch.setattr(transformer, "FUSED_HEADS", (48,))
+    monkeypatch.setattr(attention, "FUSED_HEADS", (48,))
     assert written - refine_bytes(odd, metal, 100, 200) == 4 * 32 * 300**2
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 from khala_mlx.config import KhalaConfig, TransformerConfig
-from khala_mlx.model.transformer import SCORE_BYTES, TRAINING_SCORE_BYTES, writes_scores
+from khala_mlx.model.attention import SCORE_BYTES, TRAINING_SCORE_BYTES, writes_scores
 from khala_mlx.performance.cost import transformer_bytes
 from khala_mlx.storage.adapter import linear_sizes, module_key
 from khala_mlx.train.finetune.loss import LOGIT_BYTES
