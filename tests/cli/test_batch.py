@@ -252,7 +252,7 @@ def test_ctrl_c_once_finishes_the_song_at_hand(tiny_folder: Path) -> None:
     process = started(tiny_folder, path)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "finished first" in stderr
+    assert "Finishing the current song" in stderr
     assert "not_begun      1" in stdout
     assert Path("a.wav").exists()
     assert not Path("b.take.safetensors").exists()
@@ -267,7 +267,7 @@ def test_ctrl_c_twice_stops(tiny_folder: Path) -> None:
     assert time.monotonic() - began < 1.4
     assert process.returncode == 1
     assert "Stopped" in stderr
-    assert stderr.count("finished first") == 1
+    assert stderr.count("Finishing the current song") == 1
     assert not Path("a.wav").exists()
 
 

@@ -337,7 +337,7 @@ def test_info_refuses_what_it_does_not_know(tiny_folder: Path) -> None:
         ("empty", "config.json"),
         ("a.safetensors", "not a complete safetensors"),
         ("b.safetensors", "not a complete safetensors"),
-        ("c.safetensors", "is not a take"),
+        ("c.safetensors", "is not a Khala take"),
     ]:
         failed(run("info", name), sentence)
 
