@@ -20,6 +20,7 @@ from khala_mlx.config import KhalaConfig
 from khala_mlx.errors import AudioError, KhalaError, WeightsError
 from khala_mlx.model.weights import PARTS, part_files
 from khala_mlx.prompt.request import Request
+from khala_mlx.prompt.scope import Scope
 from khala_mlx.song.record import Record, sidecar_path
 from khala_mlx.song.song import take_path
 from khala_mlx.song.take import Take
@@ -82,6 +83,8 @@ def _model(folder: Path) -> dict[str, Any]:
         )
         size = sum(path.stat().st_size for path in files)
         report[part] = f"{numbers / 1e6:.1f} M stored numbers, {size / 2**20:.1f} MiB"
+    if scope := Scope.load(folder):
+        report["knows"] = scope.summary
     layout, codec = config.tokens, config.codec
     report["codes"] = f"{layout.num_codebooks} layers of {layout.codebook_size}"
     report["sound"] = (
