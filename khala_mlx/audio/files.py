@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mimetypes
 import os
 import shutil
 import subprocess
@@ -37,12 +38,36 @@ _SUBTYPES: Mapping[str, Mapping[str, str]] = {
     ".mp3": {"16": "MPEG_LAYER_III"},
 }
 SUFFIXES = tuple(_SUBTYPES)
+# Never sound, whatever they begin with.
+_TEXTS = (".txt", ".lrc", ".json", ".jsonl", ".csv", ".tsv", ".md")
 # libsndfile's Vorbis encoder overflows its stack on huge single writes.
 _BLOCK = 65536
 # Samples by which a lossy file may differ in length; they are exact in practice.
 _CODEC_DELAY = 4096
 # What libsndfile says of a stream whose header does not tell its length.
 _UNKNOWN_LENGTH = 2**63 - 1
+
+
+def is_sound(path: Path) -> bool:
+    """Return whether a file is sound: libsndfile reads its format, or its name says so.
+
+    A damaged file with the name of a sound counts, so that it is reported, not passed over.
+    """
+    import soundfile
+
+    suffix = path.suffix.lower()
+    kind, _ = mimetypes.guess_type(path.name)
+    if suffix in CONVERTED or (kind or "").startswith("audio/"):
+        return True
+    # Headerless sound, and formats of numbers that libsndfile can read as sound.
+    named = suffix[1:].upper() in soundfile.available_formats().keys() - {"RAW", "MAT4", "MAT5"}
+    if named or suffix in _TEXTS:
+        return named
+    try:
+        soundfile.info(os.fsencode(path))
+    except (soundfile.SoundFileError, OSError, RuntimeError):
+        return False
+    return True
 
 
 def check_output(path: Path, bit_depth: str = "16") -> None:

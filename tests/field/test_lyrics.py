@@ -51,7 +51,8 @@ CASES = {
         "subtitle times",
     ),
     "ChordPro": (
-        "{title: My Song}\n{artist: Me}\n{soc}\n[Am]Hello [C/G]darkness\n{eoc}\n[G] my [D7sus4]friend",
+        "{title: My Song}\n{artist: Me}\n{soc}\n[Am]Hello [C/G]darkness\n{eoc}\n"
+        "[G] my [D7sus4]friend",
         "[Chorus]\nHello darkness\nmy friend",
         "chords",
     ),
