@@ -29,6 +29,10 @@ WEIGHTS_LICENCE = "CC BY-NC 4.0"
 # The linear layers of a block, in the order in which published adapters number them.
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEARS = (*ATTENTION_LINEARS, "gate_proj", "up_proj", "down_proj")
+# The DAC family fixes these sizes of the codec; strides and widths are in CodecConfig.
+DILATIONS = (1, 3, 9)
+KERNEL = 7
+LATENT_KERNEL = 3
 
 
 class Strict:

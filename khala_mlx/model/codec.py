@@ -14,14 +14,11 @@ import mlx.nn as nn
 import numpy as np
 
 from khala_mlx import token_ids as tokens
-from khala_mlx.config import CodecConfig
+from khala_mlx.config import DILATIONS, KERNEL, LATENT_KERNEL, CodecConfig
 from khala_mlx.errors import AudioError, KhalaError
 from khala_mlx.model import ops
 from khala_mlx.model.quantizer import Quantizer
 from khala_mlx.model.receptive_field import (
-    DILATIONS,
-    KERNEL,
-    LATENT_KERNEL,
     UNITS_HALO,
     Window,
     decoder_halo,
