@@ -36,7 +36,7 @@ import plain_torch
 from mlx.utils import tree_flatten
 
 from khala_mlx.config import DILATIONS, KhalaConfig
-from khala_mlx.model.sampling import Detail
+from khala_mlx.model.sampling import Detail, Sampling
 from khala_mlx.performance.bench import RandomParts
 
 Works = tuple[Callable[[], np.ndarray], Callable[[], np.ndarray]]
@@ -56,11 +56,10 @@ def compose_works(model: RandomParts, options: argparse.Namespace) -> Works:
     def run(reachable_only: bool = True) -> np.ndarray:
         return ours.generate_many(
             prompt,
+            Sampling(top_k=1, reachable_only=reachable_only),
             keys=[mx.random.key(0)],
             max_tokens=count,
             min_tokens=count,
-            top_k=1,
-            reachable_only=reachable_only,
         )[0]
 
     def plainly() -> np.ndarray:

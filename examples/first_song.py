@@ -1,48 +1,46 @@
-"""The whole way in one run: checkpoints in upstream's format, a model folder, a song, a check.
+"""Convert checkpoints in upstream's format to a model folder, make a song, and check the file.
 
-Uses the small reference checkpoints that the tests use. Their weights are random, so what they
-sing is noise; `python examples/first_song.py CHECKPOINTS` takes the same way with the released
-weights (README.md tells where to get them).
+By default this uses the small reference checkpoints of the tests. Their weights are random, so the
+song is noise. `python examples/first_song.py CHECKPOINTS` does the same with the released weights
+(docs/install.md says where to get them).
 """
 
+import subprocess
 import sys
 import tarfile
 import tempfile
-import warnings
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
-from khala_mlx import Khala
-from khala_mlx.convert import convert
-from khala_mlx.errors import KhalaError, KhalaWarning
-from khala_mlx.song.song import check_free
+from khala_mlx import Khala, KhalaError
 
 REFERENCE = Path(__file__).parents[1] / "tests" / "fixtures" / "setA.tar.xz"
 OUTPUT = Path("song.wav")
 
 
+def convert(work: Path) -> Path:
+    """Return a model folder in `work`."""
+    options: list[str] = []
+    if len(sys.argv) > 1:
+        checkpoints = Path(sys.argv[1])
+    else:
+        with tarfile.open(REFERENCE) as archive:
+            archive.extractall(work, filter="data")
+        checkpoints = work / "setA" / "checkpoints"
+        tokenizer = work / "setA" / "tokenizer_small" / "tokenizer.json"
+        options = ["--dtype", "float32", "--tokenizer", str(tokenizer)]
+    model = work / "model"
+    subprocess.run(["khala", "convert", str(checkpoints), str(model), *options], check=True)
+    return model
+
+
 def main() -> None:
-    check_free(OUTPUT)
+    if OUTPUT.exists():
+        raise KhalaError(f"{OUTPUT} exists already. Remove it or work in another folder.")
     with tempfile.TemporaryDirectory() as work:
-        model = Path(work) / "model"
-        if len(sys.argv) > 1:
-            convert(sys.argv[1], model)
-        else:
-            with tarfile.open(REFERENCE) as archive:
-                archive.extractall(work, filter="data")
-            reference = Path(work) / "setA"
-            with warnings.catch_warnings():
-                # The reference set's tokenizer is a small one, not Llama's, on purpose.
-                warnings.simplefilter("ignore", KhalaWarning)
-                convert(
-                    reference / "checkpoints",
-                    model,
-                    dtype="float32",
-                    tokenizer=reference / "tokenizer_small" / "tokenizer.json",
-                )
-        khala = Khala.from_pretrained(model, keep_loaded=False)
+        khala = Khala.from_pretrained(convert(Path(work)), keep_loaded=False)
         song = khala.generate(
             tags="slow rock",
             lyrics="If the sky forgets the sun\nI've got a spark",

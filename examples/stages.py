@@ -1,13 +1,14 @@
-"""The three stages one by one, with the arrays between them in files.
+"""Run the three stages one by one, and write the codes and the sound to files.
 
 python examples/stages.py [MODEL] [SECONDS]
 """
 
 import sys
-from pathlib import Path
+
+import numpy as np
+import soundfile
 
 from khala_mlx import Khala
-from khala_mlx.audio.files import save_codes, write_audio
 
 model = sys.argv[1] if len(sys.argv) > 1 else "demo"
 seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 4
@@ -20,7 +21,7 @@ coarse = khala.compose(backbone_ids, max_frames=frames, min_frames=frames, seed=
 print("composed:", coarse.shape)
 codes = khala.refine(superres_ids, coarse, seed=1)
 print("refined:", codes.shape)
-save_codes(Path("stages.npz"), codes)
-wave = khala.render(codes)
-print("rendered:", wave.shape)
-write_audio(Path("stages.wav"), wave, codec.sample_rate)
+np.savez("stages.npz", codes=codes)  # `khala decode stages.npz` reads it
+waveform = khala.render(codes)
+print("rendered:", waveform.shape)
+soundfile.write("stages.wav", np.clip(waveform, -1, 1), codec.sample_rate)

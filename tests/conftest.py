@@ -2,9 +2,12 @@
 
 import ctypes
 import os
+import signal
+import subprocess
 import sys
 import tarfile
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
@@ -37,6 +40,34 @@ def _preload_fast_blas() -> None:
 
 
 _preload_fast_blas()
+
+# A shell's background job, nohup and some CI systems ignore SIGINT, and children would inherit
+# that. They get the default action back once this process handles the signal.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+_children: "weakref.WeakSet[subprocess.Popen[Any]]" = weakref.WeakSet()
+
+
+class _TrackedPopen(subprocess.Popen):  # type: ignore[type-arg]
+    """A child process that dies with the test that started it."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        _children.add(self)
+
+
+subprocess.Popen = _TrackedPopen  # type: ignore[misc]
+
+
+@pytest.fixture(autouse=True)
+def no_children_left() -> Iterator[None]:
+    """Kill what a failed test leaves running."""
+    yield
+    for child in list(_children):
+        if child.poll() is None:
+            child.kill()
+            child.wait()
 
 
 @pytest.fixture(scope="session", autouse=True)

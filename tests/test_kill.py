@@ -71,7 +71,7 @@ def test_a_killed_song_is_finished(
     process.communicate()
     found = sorted(path.name for path in tmp_path.iterdir())
     if TAKE in found:
-        layers = str(Take.load(tmp_path / TAKE).layers)
+        layers = str(Take.load(tmp_path / TAKE).codebooks)
         result = run(tmp_path, "--resume", TAKE)
     else:
         # So early that nothing was started: the same command again.

@@ -400,7 +400,7 @@ def test_parts_without_checksums_are_not_trusted(sources: Path, tmp_path: Path) 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     for data in (b"", b"no zip" * 1000):
-        with pytest.raises(ConvertError, match="no torch file"):
+        with pytest.raises(ConvertError, match="not a torch file"):
             fetch_codec(tmp_path / "a.ckpt", len(data), lambda a, b, d=data: d[a:b])
 
 

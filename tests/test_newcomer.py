@@ -1,7 +1,7 @@
-"""A newcomer's ten tasks: exactly the commands of docs/cookbook.md, on models that take no time.
+"""A newcomer's ten tasks: exactly the commands of docs/cookbook.md, on tiny models.
 
-The environment stands for what a newcomer's machine has: KHALA_MODEL names a tiny model instead of
-the one in the box, and songs and training are short.
+Environment variables select a tiny model instead of the bundled demo model, and make songs and
+training short.
 """
 
 import os
@@ -29,7 +29,7 @@ COOKBOOK = (Path(__file__).parents[1] / "docs/cookbook.md").read_text()
 
 
 def commands(title: str) -> list[str]:
-    """The first block of commands below a title, at most two."""
+    """Return the first block of commands below a title, at most two."""
     section = COOKBOOK.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
     block = re.findall(r"```bash\n(.*?)```", section, flags=re.S)[0].splitlines()
     assert len(block) <= 2
@@ -50,7 +50,7 @@ def run(line: str) -> None:
 
 @pytest.fixture(scope="module")
 def workshop(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with what the recipes assume, and where they leave their songs."""
+    """Make a folder with the files that the recipes need; the songs go there too."""
     folder = tmp_path_factory.mktemp("newcomer")
     # Wide enough to be quantized in groups of 64.
     sizes = Sizes(layers=1, heads=4, groups=2, head_dim=16, hidden=64, ffn=64)
@@ -100,14 +100,14 @@ def test_4_a_second_take(workshop: Path) -> None:
 
 
 def test_5_a_longer_song(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As a newcomer's first song, made without a limit: the tiny model's window is the limit.
+    # Without --seconds: the tiny model's window is the limit.
     monkeypatch.delenv("KHALA_GENERATE_SECONDS")
     monkeypatch.setenv("KHALA_GENERATE_SEED", "1")
     Path("long").mkdir()
     monkeypatch.chdir("long")
     do("A first song")
     do("A longer song")
-    # --min-seconds kept the end out of reach until the window was full.
+    # --min-seconds prevented the end until the window was full.
     assert soundfile.info("longer.wav").duration >= soundfile.info("first.wav").duration
     assert '"min_seconds": 100.0' in Path("longer.json").read_text()
 
@@ -158,7 +158,7 @@ def test_9_a_style_of_ones_own(workshop: Path) -> None:
 
 
 def test_10_verify(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # the bundled demo model takes half a minute; here its name leads to the tiny one.
+    # the bundled demo model takes half a minute; here its name stands for the tiny one.
     khala = Khala.from_pretrained("tiny")
     goldens.record(khala)
     monkeypatch.setattr("khala_mlx.pipeline.khala.Khala.from_pretrained", lambda *_, **__: khala)

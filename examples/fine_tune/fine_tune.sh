@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Teaches the model in the box a style that it never heard, and shows what that changed.
+# Teach the bundled demo model a new style, and show what changed.
 #
 #     bash fine_tune.sh [WORK]        (WORK is ./work by default)
 #
-# MODEL, STEPS, SONGS (of the new style, as many again held out) and OLD (songs of the styles that
-# are not to be forgotten) can be set in the environment. WORK has to be new or empty.
+# Environment variables: MODEL, STEPS, SONGS (songs of the new style, and as many held out) and OLD
+# (songs of the old styles, which the model should not forget). WORK must be new or empty.
 set -euo pipefail
 corpus=$(cd "$(dirname "$0")/../train_demo" && pwd)
 work=${1:-work} model=${MODEL:-demo} steps=${STEPS:-120} songs=${SONGS:-20} old=${OLD:-80}
@@ -12,7 +12,7 @@ case $model in */*) model=$(cd "$model" && pwd) ;; esac
 mkdir -p "$work"
 cd "$work"
 
-# The songs: yours would lie here instead. Subfolders train and valid say which are held out.
+# Replace these songs with yours. The subfolder valid contains the held-out songs.
 write() { PYTHONPATH=$corpus python -m corpus write "$@" --start 50000 --whole-frames; }
 for split in train valid; do
     write new/$split --split $split --count "$songs" --style chiptune

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Makes the demo model from nothing: corpus, codec, tokens, backbone, superres, model folder.
+# Make the demo model from scratch: corpus, codec, tokens, backbone, superres, model folder.
 #
 #     bash make_demo.sh [WORK]        (WORK is ./work by default)
 #
-# Every step that is done already is skipped, and a training that was stopped goes on from its
-# checkpoint: after an interruption run the same command again. See README.md for times.
+# After an interruption, run the same command again: finished steps are skipped, and training resumes
+# from its checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")"
 here=$PWD

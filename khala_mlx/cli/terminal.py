@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+# Columns of the widest table.
+_WIDEST = 1000
 _UNINDENTED = re.compile(r"\n(?!    )")
 
 P = ParamSpec("P")
@@ -189,17 +191,18 @@ def _fail(error: BaseException) -> None:
 
 
 @functools.cache
-def _console(*, stderr: bool) -> Console:
-    """Return what draws on a stream; nothing that it prints is read as markup or wrapped."""
+def _console() -> Console:
+    """Return what draws on standard error; it reads no markup."""
     from rich.console import Console
 
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    return Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 def _say(label: str, style: str, message: str) -> None:
     from rich.text import Text
 
-    _console(stderr=True).print(Text.assemble((f"{label}: ", style), message))
+    # Not wrapped: one error is one line, whatever the width.
+    _console().print(Text.assemble((f"{label}: ", style), message), soft_wrap=True)
 
 
 def _complain(message: str) -> None:
@@ -284,7 +287,7 @@ def _new_bar(stage: str, total: int) -> Bar:
         BarColumn(bar_width=24),
         TaskProgressColumn(),
         TextColumn("{task.fields[timing]}"),
-        console=_console(stderr=True),
+        console=_console(),
         auto_refresh=False,
     )
     bar.add_task(stage, total=max(total, 1), timing="")
@@ -318,7 +321,7 @@ class Line:
 
     def _write(self, text: str) -> None:
         # A line wider than the window would scroll; \x1b[K clears what a longer line left.
-        width = _console(stderr=True).width
+        width = _console().width
         click.echo("\r" + text[: max(1, width - 1)] + "\x1b[K", nl=False, err=True)
 
 
@@ -352,6 +355,7 @@ def _harmless(text: str) -> str:
 
 def report_table(rows: list[dict[str, Any]]) -> None:
     """Print rows that have the same names as a table, numbers to the right."""
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -361,10 +365,9 @@ def report_table(rows: list[dict[str, Any]]) -> None:
         table.add_column(Text(name), justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*(Text(_harmless(str(value))) for value in row.values()))
-    console = _console(stderr=False)
-    # A table that is wider than the window is better wrapped by the terminal than cut.
-    width = max(console.width, console.measure(table).maximum)
+    # A table wider than the window is wrapped by the terminal, not cut.
+    console = Console(width=_WIDEST, highlight=False)
     with console.capture() as captured:
-        console.print(table, width=width)
+        console.print(table)
     click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
     sys.stdout.flush()

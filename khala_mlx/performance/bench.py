@@ -287,6 +287,7 @@ class RandomParts:
     def __init__(self, layers: int, width: int) -> None:
         self.config = random_config(layers, width)
         self.dtype = working_dtype(self.config)
+        self.source = f"random weights, {layers} layers of width {width}"
         self._part: Any = None
 
     @property

@@ -12,7 +12,7 @@ from khala_mlx.text import clock_time, shown
 
 # Songs run past the minutes asked for; upstream's progress bar allows for 0.8 more.
 SPARE_MINUTES = 0.8
-# Seconds that a song continues for at least behind a beginning, if they fit.
+# Seconds that a song adds at least to a prefix, if they fit.
 LEAST_ADDED = 5.0
 # Seconds beyond any song, and few enough to count frames of.
 _ENDLESS = 1e9
@@ -65,7 +65,7 @@ def frame_budget(
 
 
 def budget_behind(config: KhalaConfig, budget: tuple[int, int], begun: int) -> tuple[int, int]:
-    """(most, least) frames of a song whose first `begun` frames are there already.
+    """Return (most, least) frames of a song that continues `begun` frames of another.
 
     Raises:
         KhalaError: if the song may be no longer than that.
@@ -73,10 +73,10 @@ def budget_behind(config: KhalaConfig, budget: tuple[int, int], begun: int) -> t
     (most, least), rate = budget, config.codec.frame_rate
     if begun >= most:
         raise KhalaError(
-            f"The beginning lasts {clock_time(begun / rate)} and the song may last "
-            f"{clock_time(most / rate)}: keep less of it, or ask for more --minutes or --seconds."
+            f"The continuation prefix lasts {clock_time(begun / rate)} and the song may last "
+            f"{clock_time(most / rate)}. Keep less of it, or ask for more --minutes or --seconds."
         )
-    # A beginning that was a whole song leads straight to its end otherwise.
+    # Otherwise a prefix that was a whole song leads straight to its end.
     return most, min(most, max(least, begun + math.ceil(LEAST_ADDED * rate)))
 
 

@@ -124,7 +124,7 @@ def test_wrong_sound_files_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     for name, sentence in [
         ("three.wav", "3 channels"),
         ("empty.wav", "no samples"),
-        ("nan.wav", "no finite numbers"),
+        ("nan.wav", "NaN or infinite"),
         ("text.wav", "cannot be read as sound"),
         ("absent.wav", "cannot be read"),
     ]:

@@ -87,7 +87,7 @@ def test_names_that_cannot_be_are_errors_of_their_own_lines(tiny_folder: Path) -
     told = json.loads(result.stdout)
     assert [each["state"] for each in told["songs"]] == ["failed"] * 5 + ["made"]
     errors = [each["error"] for each in told["songs"][:5]]
-    sentences = ["too long", "too long", "to be text", "Did you mean 'min_seconds'?", "minutes"]
+    sentences = ["too long", "too long", "must be text", "Did you mean 'min_seconds'?", "minutes"]
     for error, sentence in zip(errors, sentences, strict=True):
         assert sentence in error
         assert error.count("line ") == 1
@@ -130,7 +130,7 @@ def test_the_same_command_again_makes_what_is_missing(tiny_folder: Path) -> None
     assert Path("a.wav").read_bytes() == before
     assert json.loads(Path("b.json").read_text())["request"]["seed"] == kept
     path = write({**SHORT, "tags": "rock", "output": "a.wav"})
-    assert "another song lies" in batch(tiny_folder, path).stderr
+    assert "Another song has this output" in batch(tiny_folder, path).stderr
 
 
 def test_csv(tiny_folder: Path) -> None:
@@ -156,7 +156,7 @@ def test_csv(tiny_folder: Path) -> None:
     [
         ("a.jsonl", b"", "names no songs"),
         ("a.txt", b"{}", ".jsonl or .csv"),
-        ("a.jsonl", b"\xff\xfe", "no UTF-8"),
+        ("a.jsonl", b"\xff\xfe", "not valid UTF-8"),
         ("absent.jsonl", None, "cannot be read"),
     ],
 )
@@ -225,12 +225,12 @@ def test_entries_of_anything(tmp_path_factory: pytest.TempPathFactory, values: A
 SLOW = """
 import sys, time
 from khala_mlx.pipeline.khala import Khala
-make = Khala.make
-def slowly(self, *rest):
+make = Khala.finish
+def slowly(self, *rest, **named):
     print("making", flush=True)
     time.sleep(1.5)
-    return make(self, *rest)
-Khala.make = slowly
+    return make(self, *rest, **named)
+Khala.finish = slowly
 from khala_mlx.cli import main
 main(sys.argv[1:])
 """
@@ -252,7 +252,7 @@ def test_ctrl_c_once_finishes_the_song_at_hand(tiny_folder: Path) -> None:
     process = started(tiny_folder, path)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "finished first" in stderr
+    assert "Finishing the current song" in stderr
     assert "not_begun      1" in stdout
     assert Path("a.wav").exists()
     assert not Path("b.take.safetensors").exists()
@@ -267,7 +267,7 @@ def test_ctrl_c_twice_stops(tiny_folder: Path) -> None:
     assert time.monotonic() - began < 1.4
     assert process.returncode == 1
     assert "Stopped" in stderr
-    assert stderr.count("finished first") == 1
+    assert stderr.count("Finishing the current song") == 1
     assert not Path("a.wav").exists()
 
 
@@ -290,14 +290,14 @@ def test_each_song_has_one_owner(data: st.DataObject, ranks: int, songs: int) ->
 # Process 1 is killed in its second song, once that is composed.
 DIES = """
 import os, sys
-from khala_mlx.pipeline.khala import Khala
-refine, calls = Khala.refine, []
+from khala_mlx.model.superres import SuperRes
+refine, calls = SuperRes.refine, []
 def mortal(self, *rest, **named):
     calls.append(1)
     if os.environ["MLX_RANK"] == "1" and len(calls) == 2:
         os.kill(os.getpid(), 9)
     return refine(self, *rest, **named)
-Khala.refine = mortal
+SuperRes.refine = mortal
 from khala_mlx.cli import main
 main(sys.argv[1:])
 """

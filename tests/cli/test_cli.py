@@ -154,7 +154,7 @@ def test_a_finished_file_tells_all_and_makes_the_song_again(tiny_folder: Path, n
 
 def test_like_a_file_without_a_record(tiny_folder: Path) -> None:
     soundfile.write("a.wav", np.zeros((500, 2)), 44100)
-    failed(generate(tiny_folder, "--like", "a.wav"), "a.wav holds no record of how it was made")
+    failed(generate(tiny_folder, "--like", "a.wav"), "a.wav has no record of how it was made")
     failed(generate(tiny_folder, "--like", "b.mp3"), "b.mp3 cannot be read: No such file")
 
 
@@ -191,12 +191,12 @@ def test_dry_run_tells_memory_and_time(tiny_folder: Path, monkeypatch: pytest.Mo
     assert mac["usable_bytes"] == 2**34 * 2 // 3
     assert mac["peak_bytes"] == max(stage["peak_bytes"] for stage in mac["stages"].values())
     with monkeypatch.context() as on_a_mac:
-        on_a_mac.setattr("khala_mlx.pipeline.parts.this_machine", lambda: mac_with(2**34))
+        on_a_mac.setattr("khala_mlx.cli.session.this_machine", lambda: mac_with(2**34))
         asked = run("generate", "-m", tiny_folder, "--dry-run", "--json", "--memory", "64GB")
         assert json.loads(asked.stdout)["memory"]["usable_bytes"] == 2**36 * 3 // 4
     with monkeypatch.context() as on_a_slow_one:
         slow = dataclasses.replace(mac_with(2**34), flops=1e6)
-        on_a_slow_one.setattr("khala_mlx.pipeline.parts.this_machine", lambda: slow)
+        on_a_slow_one.setattr("khala_mlx.pipeline.khala.this_machine", lambda: slow)
         seconds = []
         for options in ((), ("--candidates", "2", "--best", "1", "--draft", "4")):
             told = json.loads(
@@ -225,9 +225,8 @@ def test_a_song_is_heard_while_it_is_rendered(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from khala_mlx.audio import player
-    from khala_mlx.pipeline import parts as stages
 
-    monkeypatch.setattr(stages, "HEARD_SECONDS", 0.02)
+    monkeypatch.setattr("khala_mlx.pipeline.khala.HEARD_SECONDS", 0.02)
     device = fake_sounddevice.install(monkeypatch, speed=5)
     added: list[tuple[int, int]] = []
     add = player.Track.add
@@ -334,11 +333,11 @@ def test_info_refuses_what_it_does_not_know(tiny_folder: Path) -> None:
     mx.save_safetensors("c.safetensors", {"x": mx.zeros(3)})
     for name, sentence in [
         ("absent", "no file or folder absent"),
-        ("text.wav", "no sound file"),
+        ("text.wav", "not a sound file"),
         ("empty", "config.json"),
-        ("a.safetensors", "no whole safetensors"),
-        ("b.safetensors", "no whole safetensors"),
-        ("c.safetensors", "is not a take"),
+        ("a.safetensors", "not a complete safetensors"),
+        ("b.safetensors", "not a complete safetensors"),
+        ("c.safetensors", "is not a Khala take"),
     ]:
         failed(run("info", name), sentence)
 
@@ -395,7 +394,7 @@ def test_user_errors(tiny_folder: Path, arguments: list[str], sentence: str) -> 
         (["generate", "--tag", "pop"], "Did you mean '--tags'"),
         (["generate", "--minutes", "two"], "--minutes"),
         (["generate", "--text-mode", "x"], "same_as_backbone"),
-        (["generate", "--lyrics", "a", "--lyrics-file", "words.txt"], "exclude each other"),
+        (["generate", "--lyrics", "a", "--lyrics-file", "words.txt"], "not both"),
         (["generate", "--lyrics-file", "absent.txt"], "absent.txt"),
         (["convert", "only-one"], "DEST"),
         (["sing"], "No such command"),
@@ -529,8 +528,9 @@ def drawn(code: list[str], columns: int = 80, **environment: str) -> str:
     """What a command draws on a terminal of so many columns."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 5, columns, 0, 0))
+    inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     process = subprocess.Popen(
-        code, stderr=follower, stdout=subprocess.DEVNULL, env={**os.environ, **environment}
+        code, stderr=follower, stdout=subprocess.DEVNULL, env={**inherited, **environment}
     )
     os.close(follower)
     shown = b""

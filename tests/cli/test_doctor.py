@@ -25,7 +25,7 @@ def test_a_machine_that_is_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert found["sound"] == "Fake"
     assert found["released_weights_fit_in"] == "16 bit, 8 bit, 6 bit, 4 bit"
     assert found["fixes"] == []
-    assert "All is well." in CliRunner().invoke(main, ["doctor"]).stdout
+    assert "No problems." in CliRunner().invoke(main, ["doctor"]).stdout
 
 
 def test_what_fits_is_the_envelope_of_generate(monkeypatch: pytest.MonkeyPatch) -> None:

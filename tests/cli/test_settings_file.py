@@ -61,7 +61,7 @@ def test_what_a_song_recorded_goes_before_the_defaults(tiny_folder: Path) -> Non
         ("[generate]\ntag = 'a'", "option 'tag' does not exist. Did you mean 'tags'?"),
         ("[genrate]\ntags = 'a'", "command 'genrate' does not exist. Did you mean 'generate'?"),
         ("generate = 3", "'generate' must be a table"),
-        ("[generate", "no TOML"),
+        ("[generate", "not a TOML"),
         ("[generate]\ntags = ['a']", "one value"),
         ("[generate]\nminutes = 'two'", "--minutes"),
         ("[models.list]\njason = true", "Did you mean 'json'?"),

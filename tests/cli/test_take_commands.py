@@ -49,17 +49,20 @@ def failed(result: Result, sentence: str, code: int = 1) -> None:
 
 
 def stopped_after(layers: int, monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
-    """Leave a.take.safetensors as a run that dies right after so many layers leaves it."""
+    """Leave a.take.safetensors as a run that dies after this many codebooks leaves it."""
+    from khala_mlx.model.superres import SuperRes
     from khala_mlx.pipeline.khala import Khala
 
     with monkeypatch.context() as patch:
-        method = "compose_many" if layers == 0 else "render" if layers == 8 else "refine"
+        owner, method = {0: (Khala, "compose_many"), 8: (Khala, "_render")}.get(
+            layers, (SuperRes, "refine")
+        )
 
         def die(*_: Any, **__: Any) -> None:
             shutil.copy("a.take.safetensors", "kept")
             raise SystemExit(9)
 
-        patch.setattr(Khala, method, die)
+        patch.setattr(owner, method, die)
         run("generate", "-m", model, *SHORT, "--tags", "pop", "--seed", 3, "-o", "a.wav")
     Path("kept").rename("a.take.safetensors")
 
@@ -69,7 +72,7 @@ def test_a_song_is_gone_on_with_from_anywhere(
     tiny_folder: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch, layers: int
 ) -> None:
     stopped_after(layers, monkeypatch, tiny_folder)
-    assert Take.load("a.take.safetensors").layers == layers
+    assert Take.load("a.take.safetensors").codebooks == layers
     result = run("generate", "--resume", "a.take.safetensors")
     assert result.exit_code == 0, result.stderr
     assert Path("a.wav").read_bytes() == whole
@@ -95,7 +98,7 @@ def test_what_was_said_of_the_sound_is_kept(
 def test_a_draft_and_the_song_after_it(tiny_folder: Path, whole: bytes) -> None:
     told = json.loads(generate(tiny_folder, "-o", "a.wav", "--draft", "4", "--json").stdout)
     assert told["file"] == "a.draft-4.wav"
-    assert told["layers"] == "4 of 8"
+    assert told["codebooks"] == "4 of 8"
     assert names() == ["a.draft-4.wav", "a.take.safetensors"]
     assert Path("a.draft-4.wav").read_bytes() != whole
     further = run("generate", "--resume", "a.take.safetensors", "--draft", "6", "--json")
@@ -105,7 +108,8 @@ def test_a_draft_and_the_song_after_it(tiny_folder: Path, whole: bytes) -> None:
     assert run(*told["finish"].split()[1:]).exit_code == 0
     assert Path("a.wav").read_bytes() == whole
     failed(
-        run("generate", "-m", tiny_folder, "--draft", "1", "-o", "b.wav"), "A draft has 2..8 layers"
+        run("generate", "-m", tiny_folder, "--draft", "1", "-o", "b.wav"),
+        "A draft has 2..8 codebooks",
     )
     assert "b.take.safetensors" not in names()
 
@@ -141,7 +145,7 @@ def test_nothing_of_others_is_written_over(
 ) -> None:
     stopped_after(2, monkeypatch, tiny_folder)
     Path("a.json").write_text("{}")
-    failed(run("generate", "--resume", "a.take.safetensors"), "a.json is of another song")
+    failed(run("generate", "--resume", "a.take.safetensors"), "a.json belongs to another song")
     Path("a.json").unlink()
     Path("a.wav").write_text("mine")
     failed(run("generate", "--resume", "a.take.safetensors"), "a.wav exists already")
@@ -157,13 +161,13 @@ def test_a_take_leads_neither_elsewhere_nor_to_the_hub(
     take = Take.load("a.take.safetensors")
     take.source = "someone/model"
     take.save(Path("b.take.safetensors"))
-    failed(run("generate", "--resume", "b.take.safetensors"), "name it with --model")
+    failed(run("generate", "--resume", "b.take.safetensors"), "Name it with --model")
     with monkeypatch.context() as patch:
         patch.setenv("KHALA_GENERATE_MODEL", str(tiny_folder))
         assert run("generate", "--resume", "b.take.safetensors").exit_code == 0
     take.source = "~nobody-of-that-name"
     take.save(Path("e.take.safetensors"))
-    failed(run("generate", "--resume", "e.take.safetensors"), "name it with --model")
+    failed(run("generate", "--resume", "e.take.safetensors"), "Name it with --model")
     failed(run("render", "e.take.safetensors", "-m", take.source), "nor such a user")
     take.options["suffix"] = "/../../x.wav"
     take.save(Path("c.take.safetensors"))
@@ -179,11 +183,11 @@ def test_a_take_leads_neither_elsewhere_nor_to_the_hub(
 def test_wrong_uses_of_takes(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped_after(0, monkeypatch, tiny_folder)
     take = "a.take.safetensors"
-    failed(run("generate", "--resume", take, "--tags", "x"), "leave out --tags", code=2)
+    failed(run("generate", "--resume", take, "--tags", "x"), "Leave out --tags", code=2)
     failed(run("generate", "--resume", "absent"), "absent cannot be read")
-    failed(run("refine", take), "holds no codes yet")
-    failed(run("render", take), "holds no codes yet")
-    failed(run("generate", "--resume", take, "-m", "demo"), "codes of 8 layers")
+    failed(run("refine", take), "has no codes yet")
+    failed(run("render", take), "has no codes yet")
+    failed(run("generate", "--resume", take, "-m", "demo"), "has 8 codebooks")
 
 
 def test_an_error_before_anything_is_composed_leaves_nothing(
@@ -249,7 +253,7 @@ def test_once_all_is_written_there_is_nothing_to_go_on_with(tiny_folder: Path) -
     from khala_mlx.cli import terminal
 
     generate(tiny_folder, "-o", "a.wav", "--draft", "4")
-    assert terminal._hints == ["Go on with `khala generate --resume a.take.safetensors`."]
+    assert terminal._hints == ["Resume with `khala generate --resume a.take.safetensors`."]
     run("generate", "--resume", "a.take.safetensors")
     assert terminal._hints == []
 

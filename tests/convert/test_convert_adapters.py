@@ -148,8 +148,8 @@ def test_names_of_the_pytorch_port_and_torch_files(tmp_path: Path) -> None:
         ({"r": 0}, "no sensible r"),
         ({"lora_alpha": None}, "no sensible r"),
         ({"use_dora": True}, r"partner is missing: layers\.0\.mlp\.down_proj, layers"),
-        ({"alpha_pattern": {"(a+)+$": 1}}, "no name of a layer"),
-        ({"alpha_pattern": {"up_proj": "x"}}, "no name of a layer"),
+        ({"alpha_pattern": {"(a+)+$": 1}}, "not a name of a layer"),
+        ({"alpha_pattern": {"up_proj": "x"}}, "not a name of a layer"),
     ],
 )
 def test_peft_that_means_something_else(
@@ -200,9 +200,9 @@ def test_a_list_of_some_modules(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("drop", "beside", "sentence"),
     [
-        (("3.A",), {"epoch": 1}, "no whole list of 7 pairs for each layer: 3.A do not fit in"),
-        (("13.A", "13.B"), {"epoch": 1}, "13 pairs do not fit in"),
-        (("3.A", "3.B"), {"epoch": 1}, "13.A, 13.B, 3.A, 3.B do not fit in"),
+        (("3.A",), {"epoch": 1}, "needs 7 pairs, but it has 3.A"),
+        (("13.A", "13.B"), {"epoch": 1}, "it has 13 pairs"),
+        (("3.A", "3.B"), {"epoch": 1}, "it has 13.A, 13.B, 3.A, 3.B"),
         ((), {"targets": ["lm_head"]}, "layers that the backbone does not have: lm_head"),
         ((), {"config": {"lora_r": 0}}, "no sensible rank"),
         ((), {"config": {"lora_alpha": "x"}}, "no sensible rank"),
@@ -220,7 +220,7 @@ def test_nothing_in_a_torch_file_runs(tmp_path: Path) -> None:
     path = tmp_path / "evil.pt"
     evil = Call(Name("os", "system"), (f"touch {tmp_path}/khala-was-here",))
     path.write_bytes(zipped({"archive/data.pkl": pickled({"0.A": evil, "0.B": evil})}))
-    with pytest.raises(KhalaError, match="no plain tensor"):
+    with pytest.raises(KhalaError, match="not a plain tensor"):
         read_adapter(path)
     assert not (tmp_path / "khala-was-here").exists()
     for root in ({}, [], {"lora": 5}, {"lora": {}}):
@@ -239,7 +239,7 @@ def test_mlx_folders_and_what_is_no_adapter(tmp_path: Path) -> None:
     export_adapter(adapter, tmp_path / "mlx", "mlx")
     for path in (tmp_path / "mlx", tmp_path / "mlx" / "adapters.safetensors"):
         assert same(read_adapter(path), adapter)
-    with pytest.raises(KhalaError, match="no adapter: it holds neither"):
+    with pytest.raises(KhalaError, match="not an adapter: it holds neither"):
         read_adapter(tmp_path)
     with pytest.raises(KhalaError, match="There is no adapter"):
         read_adapter(tmp_path / "absent")

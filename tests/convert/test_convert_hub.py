@@ -119,7 +119,7 @@ def test_a_damaged_download(folders: Path, tmp_path: Path, monkeypatch: pytest.M
     [
         (http_error(errors.RepositoryNotFoundError), "no folder someone/khala here and no such"),
         (http_error(errors.GatedRepoError), "asks for consent"),
-        (errors.HFValidationError("bad\nname"), "no valid name"),
+        (errors.HFValidationError("bad\nname"), "not a valid name"),
     ],
 )
 def test_refusals(

@@ -1,4 +1,4 @@
-"""The short scripts of examples/ run, and the commands of docs/cookbook.md are valid."""
+"""Run the short scripts of examples/, and check the commands of docs/cookbook.md."""
 
 import re
 import runpy
@@ -58,7 +58,7 @@ def documented() -> list[str]:
 def test_the_cookbooks_commands_exist(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every option and argument is one that the command takes; test_newcomer runs some."""
+    """Check that each command accepts its options and arguments; test_newcomer runs some."""
     monkeypatch.chdir(tmp_path)
     Path("words.txt").write_text("la")
     words = shlex.split(line)

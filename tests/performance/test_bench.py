@@ -128,7 +128,7 @@ def test_wrong_requests(arguments: list[str], sentence: str) -> None:
     ],
 )
 def test_wrong_reports_are_refused(old: Any) -> None:
-    with pytest.raises(KhalaError, match="no report"):
+    with pytest.raises(KhalaError, match="not a report"):
         compared({stage: {"floor_ratio": 1.0} for stage in ("compose", "refine", "render")}, old)
 
 

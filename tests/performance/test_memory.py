@@ -200,7 +200,7 @@ def test_writing_many_long_songs_is_their_caches() -> None:
 
 
 def test_the_released_model() -> None:
-    """The figures of the README: 3.2 GB of backbone in 16 bits; 0.13 GB of cache a minute."""
+    """The figures of docs/install.md: 3.2 GB of backbone in 16 bits; 0.13 GB of cache a minute."""
     config = KhalaConfig()
     metal, cpu = Setting("bfloat16", on_cpu=False), Setting("float32", on_cpu=True)
     assert envelope.weight_bytes(config, "backbone", metal) == pytest.approx(3.23e9, rel=0.01)

@@ -136,7 +136,7 @@ def test_missing_special_is_named(tiny: Tokenizer) -> None:
 def test_corrupt_file(content: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(content)
-    with pytest.raises(WeightsError, match="no valid tokenizer"):
+    with pytest.raises(WeightsError, match="not a valid tokenizer"):
         Tokenizer.from_file(path)
 
 
@@ -147,7 +147,7 @@ def test_unreadable_files(small_path: Path, tmp_path: Path) -> None:
         Tokenizer.from_file(tmp_path)
     for content in (small_path.read_bytes()[:5000], b"\xff\xfe{}"):
         (tmp_path / "half.json").write_bytes(content)
-        with pytest.raises(WeightsError, match="no valid tokenizer"):
+        with pytest.raises(WeightsError, match="not a valid tokenizer"):
             Tokenizer.from_file(tmp_path / "half.json")
 
 

@@ -14,7 +14,7 @@ from khala_mlx.cli import main
 from khala_mlx.cli.options import ClockTime
 from khala_mlx.errors import KhalaWarning
 from khala_mlx.prompt.request import Request
-from khala_mlx.song.continuation import longer, read_beginning
+from khala_mlx.song.continuation import Continuation, Prefix, continued_request
 from khala_mlx.song.take import Take
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*exceed full scale")
@@ -74,6 +74,11 @@ def test_what_follows_depends_on_words_and_seed(tiny_folder: Path, first: Take) 
         assert not np.array_equal(other.codes, take.codes)
 
 
+def prefix_of(khala: Khala, path: str, until: float | None = None) -> Prefix:
+    opened = Continuation.open(Path(path), until)
+    return opened.prefix(khala.config.codec, khala.codec.encode)
+
+
 def test_no_seed_draws_another_than_the_takes(first: Take) -> None:
     take = made("--continue", "a.take.safetensors", "--seconds", 0.12)
     assert take.request.seed != 3
@@ -84,7 +89,7 @@ def test_a_song_goes_on_from_any_sound(tiny: Khala, tiny_folder: Path) -> None:
     rng = np.random.default_rng(0)
     soundfile.write("x.flac", 0.1 * rng.normal(size=2500), 22050)
     take = made("-m", tiny_folder, "--continue", "x.flac", "--seconds", 0.15, "--tags", "pop")
-    beginning = read_beginning(tiny, Path("x.flac"))
+    beginning = prefix_of(tiny, "x.flac")
     assert beginning.codes.shape == (8, 5000 // 128)
     assert np.array_equal(take.codes[:, : 5000 // 128], beginning.codes)
     assert take.codes.shape[1] > 5000 // 128
@@ -92,12 +97,12 @@ def test_a_song_goes_on_from_any_sound(tiny: Khala, tiny_folder: Path) -> None:
 
 
 def test_a_finished_file_brings_its_prompt_along(tiny: Khala, first: Take) -> None:
-    assert read_beginning(tiny, Path("a.wav")).request == first.request
+    assert Continuation.open(Path("a.wav")).request == first.request
 
 
 def test_a_killed_continuation_is_resumed(tiny: Khala, first: Take) -> None:
     """From every state of its take, kept codes and the note of where they came from included."""
-    beginning = read_beginning(tiny, Path("a.take.safetensors"), 0.05)
+    beginning = prefix_of(tiny, "a.take.safetensors", 0.05)
     asked = Request(tags="pop", seconds=0.1, seed=4)
     states: list[Path] = []
 
@@ -106,22 +111,22 @@ def test_a_killed_continuation_is_resumed(tiny: Khala, first: Take) -> None:
         take.save(states[-1])
 
     take = tiny.begin(asked, beginning.codes)
-    take.metadata["continued"] = beginning.told
+    take.metadata["continued"] = beginning.info
     keep(take)
     song = tiny.finish(take, on_take=keep)
     assert len(states) == 3
     for state in states:
         again = tiny.resume(Take.load(state))
-        assert again.metadata["continued"] == beginning.told
+        assert again.metadata["continued"] == beginning.info
         assert np.array_equal(tiny.finish(again).waveform, song.waveform)
 
 
 def test_times_that_were_told_keep_as_many_frames(tiny: Khala, first: Take) -> None:
     for frames in range(1, FRAMES + 1):
-        begun = read_beginning(tiny, "a.take.safetensors", (frames + 0.5) / 344.53125)
-        again = read_beginning(tiny, "a.take.safetensors", begun.told["seconds"])
-        assert again.told == begun.told
-        assert begun.told["frames"] == frames
+        begun = prefix_of(tiny, "a.take.safetensors", (frames + 0.5) / 344.53125)
+        again = prefix_of(tiny, "a.take.safetensors", begun.info["seconds"])
+        assert again.info == begun.info
+        assert begun.info["frames"] == frames
 
 
 def test_a_draft_is_gone_on_with_too(tiny: Khala, tiny_folder: Path) -> None:
@@ -148,13 +153,13 @@ def test_several_ways_to_go_on(tiny: Khala, first: Take) -> None:
     songs = list(tiny.finish_many(takes))
     for song, take in zip(songs, takes, strict=True):
         assert np.array_equal(song.codes[:, :17], kept)
-        alone = tiny.finish(tiny.begin(take.request, kept=kept))
+        alone = tiny.finish(tiny.begin(take.request, kept))
         assert np.array_equal(alone.codes, song.codes)
 
 
 def test_the_prompt_asks_for_as_many_minutes_as_the_song_gets() -> None:
     def asked(minutes: int, seconds: float) -> Request:
-        return longer(Request(minutes=minutes, seconds=9.0, refine_seed=3), seconds, 10)
+        return continued_request(Request(minutes=minutes, seconds=9.0, refine_seed=3), seconds, 10)
 
     assert asked(1, 30.0) == Request(minutes=1)
     assert asked(1, 60.0) == Request(minutes=2)
@@ -180,13 +185,13 @@ def test_what_is_added_lasts_a_while(tiny: Khala) -> None:
         (["--continue", "absent.wav"], "absent.wav cannot be read", 1),
         (["--continue", "absent.safetensors"], "cannot be read", 1),
         (["--continue", "a.take.safetensors", "--from", "0"], "above 0", 1),
-        (["--continue", "a.take.safetensors", "--from", "1:00"], "lasts 0:00", 1),
-        (["--continue", "a.take.safetensors", "--seconds", "0.1"], "keep less of it", 1),
+        (["--continue", "a.take.safetensors", "--from", "1:00"], "at most 0:00", 1),
+        (["--continue", "a.take.safetensors", "--seconds", "0.1"], "Keep less of it", 1),
         (["--continue", "tiny.wav"], "shorter than one frame", 1),
-        (["--from", "1"], "give both", 2),
-        (["--continue", "a.wav", "--from", "1:x"], "no time such as", 2),
-        (["--continue", "a.wav", "--from", "-1"], "no time such as", 2),
-        (["--continue", "a.wav", "--resume", "a.take.safetensors"], "leave out --continue", 2),
+        (["--from", "1"], "--from needs --continue", 2),
+        (["--continue", "a.wav", "--from", "1:x"], "not a time such as", 2),
+        (["--continue", "a.wav", "--from", "-1"], "not a time such as", 2),
+        (["--continue", "a.wav", "--resume", "a.take.safetensors"], "Leave out --continue", 2),
     ],
 )
 def test_wrong_beginnings(
@@ -219,12 +224,15 @@ def test_a_sound_that_tells_nothing_is_gone_on_with_by_the_users_defaults(
 def test_the_sidecar_alone_is_not_enough(tiny_folder: Path, first: Take) -> None:
     made("--continue", "a.take.safetensors", "--seconds", 0.12)
     result = run("generate", "-m", tiny_folder, "--like", "b.json", "-o", "c.wav")
-    assert "without --continue this is another song" in result.stderr
+    assert "made without --continue: the song will differ" in result.stderr
     again = ["--like", "b.json", "--continue", "a.take.safetensors"]
     assert run("generate", *again, "-o", "d.wav").stderr.count("another") == 0
     assert Path("d.wav").read_bytes() == Path("b.wav").read_bytes()
     other = run("generate", *again, "--from", 0.05, "-o", "e.wav")
-    assert "a.take.safetensors, 0.102 s of it: with another beginning" in other.stderr
+    assert (
+        "continues 0.102 s of a.take.safetensors, and this song is made with another prefix"
+        in other.stderr
+    )
     # The record of a song from nothing lends its request alone.
     lent = ["--like", "a.json", "--continue", "b.take.safetensors", "--seconds", 0.2]
     assert run("generate", *lent, "-o", "f.wav").exit_code == 0
@@ -235,10 +243,10 @@ def test_another_models_beginning_is_told(tiny: Khala, first: Take) -> None:
     first.metadata["model"]["config_sha256"] = "0" * 64
     first.save(Path("x.take.safetensors"))
     with pytest.warns(KhalaWarning, match="made by another model"):
-        read_beginning(tiny, Path("x.take.safetensors"))
+        Continuation.open(Path("x.take.safetensors")).warn_other_model(tiny.parts.identity)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        read_beginning(tiny, Path("a.take.safetensors"))
+        Continuation.open(Path("a.take.safetensors")).warn_other_model(tiny.parts.identity)
 
 
 def test_times() -> None:

@@ -238,14 +238,15 @@ def test_files_that_are_no_takes(tmp_path: Path, content: bytes) -> None:
 def test_the_example_of_the_docs(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Run as it stands, but for the model and lengths that fit it."""
+    """Run the example of docs/takes.md with a tiny model and lengths that fit it."""
     monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parents[2] / "docs" / "studio.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "takes.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    code = code.replace('"khala-model"', repr(str(tiny_folder))).replace("=72.0", "=0.05")
+    code = code.replace('"khala-model"', repr(str(tiny_folder))).replace(":1550", ":17")
     code = code.replace("codebooks=8", "codebooks=4").replace('rock"', 'rock", seconds=0.1')
     names: dict[str, Any] = {}
     exec(code, names)
     assert np.array_equal(names["again"].waveform, names["song"].waveform)
-    kept = names["begun"].codes
-    assert np.array_equal(names["longer"].codes[: len(kept), :17], kept)
+    assert names["draft"].codes.shape[0] == 4
+    prefix = names["prefix"]
+    assert np.array_equal(names["longer"].codes[: len(prefix), :17], prefix)

@@ -13,10 +13,10 @@ import pytest
 import soundfile
 from click.testing import CliRunner
 from tiny_tokenizer import write_tiny_tokenizer
+from tiny_training import TINY
 
 from khala_mlx import KhalaError
 from khala_mlx.cli import main
-from khala_mlx.config import CodecConfig
 from khala_mlx.errors import ConfigError
 from khala_mlx.model.codec import Codec
 from khala_mlx.model.quantizer import Quantizer
@@ -27,19 +27,6 @@ from khala_mlx.train.codec_init import start_from_components, start_linear
 from khala_mlx.train.data.dataset import Sounds
 from khala_mlx.train.data.prepare import prepare, tools_of
 from khala_mlx.train.settings import CodecTraining, Schedule
-
-TINY = CodecTraining(
-    codec=CodecConfig(
-        encoder_dim=4, encoder_strides=(4, 4, 8), decoder_dim=4, decoder_rates=(8, 4, 4),
-        latent_dim=16, num_codebooks=8, codebook_size=16,
-    ),
-    schedule=Schedule(
-        steps=14, batch_size=2, learning_rate=2e-3, warmup=2, clip_norm=10.0,
-        checkpoint_every=4, validate_every=7,
-    ),
-    crop_frames=32, quantise_after=5, trained_layers=4, layer_choices=(0, 1, 2, 4),
-    fit_frames=600,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

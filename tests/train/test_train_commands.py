@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 from click.testing import CliRunner, Result
-from test_train_codec import TINY
 from tiny_tokenizer import write_tiny_tokenizer
+from tiny_training import TINY
 
 from khala_mlx import Khala
 from khala_mlx.cli import main

@@ -89,8 +89,8 @@ def _parts(options: dict[str, Any]) -> tuple[Measurable, str]:
         return Parts.open(options["model"], keep_loaded=False), options["model"]
     from khala_mlx.performance.bench import RandomParts
 
-    layers, width = options["random"]
-    return RandomParts(layers, width), f"random weights, {layers} layers of width {width}"
+    parts = RandomParts(*options["random"])
+    return parts, parts.source
 
 
 def _read(path: Path) -> Any:

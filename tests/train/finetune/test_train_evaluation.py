@@ -38,7 +38,7 @@ def held_out(folder: Path, data: Path) -> Prepared:
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_song_costs_what_its_logits_say(tiny: Khala, data: Path, whole: bool) -> None:
-    examples = held_out(tiny.folder, data).examples
+    examples = held_out(tiny.parts.folder, data).examples
     found = song_nats(tiny.backbone, examples, whole_vocabulary=whole)
     layout = CONFIG.tokens
     for example, nats, count in zip(examples, found.nats, found.tokens, strict=True):
@@ -89,8 +89,8 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
 
 
 def test_one_artist_is_drawn_by_songs_and_one_song_not_at_all(tiny: Khala, data: Path) -> None:
-    assert len(set(artists_of(held_out(tiny.folder, data)))) == 3
-    songs = held_out(tiny.folder, data).songs
+    assert len(set(artists_of(held_out(tiny.parts.folder, data)))) == 3
+    songs = held_out(tiny.parts.folder, data).songs
     for artists, groups in ((["A", " a", "b"], 2), (["x", "x", "x"], 3), (["x", "", ""], 3)):
         for song, artist in zip(songs, artists, strict=True):
             song.about["artist"] = artist
