@@ -35,8 +35,7 @@ import mlx.core as mx
 import plain_torch
 from mlx.utils import tree_flatten
 
-from khala_mlx.config import KhalaConfig
-from khala_mlx.model.receptive_field import DILATIONS
+from khala_mlx.config import DILATIONS, KhalaConfig
 from khala_mlx.model.sampling import Detail, Sampling
 from khala_mlx.performance.bench import RandomParts
 

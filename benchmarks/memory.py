@@ -100,7 +100,7 @@ def released() -> dict[str, Any]:
     job = Job(200, 150, round(120 * config.codec.frame_rate))
     told: dict[str, Any] = {}
     for name, how in {"plain": None, **PACKINGS}.items():
-        kind = counts.packed(config, how) if how else config
+        kind = counts.quantized(config, how) if how else config
         plan = make_plan(kind, setting, mac, job, keep_loaded=False)
         told[name] = {
             stage.name: {"weights_bytes": stage.weights, "peak_bytes": stage.peak}

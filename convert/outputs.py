@@ -12,9 +12,9 @@ from khala_mlx.config import Quantization
 from khala_mlx.convert.formats.safetensors import Entry, Output
 from khala_mlx.convert.formats.tensors import Tensor, blocks, narrow, to_float32
 from khala_mlx.convert.layouts.parts import Part
-from khala_mlx.convert.layouts.shapes import is_fc1_bias
 from khala_mlx.convert.recipe import Recipe
 from khala_mlx.errors import ConvertError
+from khala_mlx.storage.shapes import is_fc1_bias
 from khala_mlx.text import shown
 
 # A file may not be larger on some hosts; beyond it a part is cut into several.

@@ -29,6 +29,10 @@ WEIGHTS_LICENCE = "CC BY-NC 4.0"
 # The linear layers of a block, in the order in which published adapters number them.
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEARS = (*ATTENTION_LINEARS, "gate_proj", "up_proj", "down_proj")
+# The DAC family fixes these sizes of the codec; strides and widths are in CodecConfig.
+DILATIONS = (1, 3, 9)
+KERNEL = 7
+LATENT_KERNEL = 3
 
 
 class Strict:
@@ -86,7 +90,7 @@ class TokenLayout(Strict):
     specials: SpecialTokens = field(default_factory=SpecialTokens)
 
     def __post_init__(self) -> None:
-        _positive(
+        _check_sizes(
             self, "audio_start", "codebook_size", "num_codebooks", "num_coarse", "max_minutes"
         )
         if self.num_coarse >= self.num_codebooks:
@@ -143,7 +147,7 @@ class TransformerConfig(Strict):
     rope_base: float = 500000.0
 
     def __post_init__(self) -> None:
-        _positive(self, *(f.name for f in dataclasses.fields(self)))
+        _check_sizes(self, *(f.name for f in dataclasses.fields(self)))
         if self.num_heads % self.num_kv_heads:
             raise ConfigError("num_heads must be a multiple of num_kv_heads.")
         if self.head_dim % 2:
@@ -211,7 +215,7 @@ class CodecConfig(Strict):
     codebook_size: int = 1024
 
     def __post_init__(self) -> None:
-        _positive(
+        _check_sizes(
             self,
             "sample_rate",
             "channels",
@@ -262,7 +266,7 @@ class Quantization(Strict):
     mode: str = "affine"
 
     def __post_init__(self) -> None:
-        _positive(self, "bits", "group_size")
+        _check_sizes(self, "bits", "group_size")
 
 
 @dataclass(frozen=True)
@@ -341,7 +345,20 @@ def read_object(path: Path, error: type[KhalaError] = ConfigError) -> dict[str, 
     return data
 
 
-def _positive(config: Any, *names: str) -> None:
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """Return a whole number, also one of NumPy's, as an int.
+
+    Raises:
+        KhalaError: if `value` is not a whole number from `least` to `most`.
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise KhalaError(f"{name} must be a whole number {bounds}, got {shown(value)}.")
+    return int(value)
+
+
+def _check_sizes(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not (0 < value < 2**31):

@@ -78,12 +78,12 @@ def test_a_token_outside_its_window_is_named(
 )
 def test_bad_codes_are_refused(codes: np.ndarray, sentence: str) -> None:
     with pytest.raises(KhalaError, match=sentence):
-        tokens.check_codes(codes, layers=2, codebook_size=1024)
+        tokens.check_codes(codes, codebooks=2, size=1024)
 
 
 def test_lists_and_small_integers_are_codes() -> None:
     ids = tokens.interleave(RELEASED, np.array([[5], [7]], dtype=np.uint8))
     assert ids.tolist() == [128261, 129287]
-    assert tokens.check_codes([[1], [2]], layers=3, codebook_size=4, fewer=True).shape == (2, 1)
+    assert tokens.check_codes([[1], [2]], codebooks=3, size=4, fewer=True).shape == (2, 1)
     with pytest.raises(KhalaError, match=r"\[1..3, T\]"):
-        tokens.check_codes([[1]] * 4, layers=3, codebook_size=4, fewer=True)
+        tokens.check_codes([[1]] * 4, codebooks=3, size=4, fewer=True)

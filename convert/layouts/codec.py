@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from khala_mlx.config import CodecConfig
+from khala_mlx.config import DILATIONS, CodecConfig
 from khala_mlx.convert.formats.pickle_objects import TensorRef
 from khala_mlx.convert.formats.tensors import Tensor, blocks, to_float32
 from khala_mlx.convert.formats.torch_file import TorchZip
@@ -23,8 +23,8 @@ from khala_mlx.convert.layouts.parts import (
     require_names,
     require_shapes,
 )
-from khala_mlx.convert.layouts.shapes import RESIDUAL_UNITS, codec_shapes
 from khala_mlx.errors import ConvertError
+from khala_mlx.storage.shapes import codec_shapes
 from khala_mlx.text import shown
 
 GENERATOR = "generator."
@@ -115,10 +115,10 @@ def _names(there: list[str]) -> _Names:
     names.convs["encoder.conv_in"] = "encoder.block.0"
     for index in range(encoder):
         here, upstream = f"encoder.blocks.{index}", f"encoder.block.{index + 1}.block"
-        for unit in range(RESIDUAL_UNITS):
+        for unit in range(len(DILATIONS)):
             _unit(names, f"{here}.units.{unit}", f"{upstream}.{unit}.block")
-        names.snakes[f"{here}.snake"] = f"{upstream}.{RESIDUAL_UNITS}"
-        names.convs[f"{here}.down"] = f"{upstream}.{RESIDUAL_UNITS + 1}"
+        names.snakes[f"{here}.snake"] = f"{upstream}.{len(DILATIONS)}"
+        names.convs[f"{here}.down"] = f"{upstream}.{len(DILATIONS) + 1}"
     names.snakes["encoder.snake"] = f"encoder.block.{encoder + 1}"
     names.convs["encoder.conv_out"] = f"encoder.block.{encoder + 2}"
     names.convs["decoder.conv_in"] = "decoder.model.0"
@@ -126,7 +126,7 @@ def _names(there: list[str]) -> _Names:
         here, upstream = f"decoder.blocks.{index}", f"decoder.model.{index + 1}.block"
         names.snakes[f"{here}.snake"] = f"{upstream}.0"
         names.transposed[f"{here}.up"] = f"{upstream}.1"
-        for unit in range(RESIDUAL_UNITS):
+        for unit in range(len(DILATIONS)):
             _unit(names, f"{here}.units.{unit}", f"{upstream}.{unit + 2}.block")
     names.snakes["decoder.snake"] = f"decoder.model.{decoder + 1}"
     names.convs["decoder.conv_out"] = f"decoder.model.{decoder + 2}"

@@ -17,8 +17,8 @@ from khala_mlx.convert.layouts.parts import (
     require_names,
     require_shapes,
 )
-from khala_mlx.convert.layouts.shapes import Shapes, codec_shapes, transformer_shapes
 from khala_mlx.errors import ConvertError
+from khala_mlx.storage.shapes import Shapes, codec_shapes, transformer_shapes
 from khala_mlx.text import is_plain_name, shown
 
 LAYOUT = "khala"

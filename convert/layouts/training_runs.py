@@ -18,11 +18,11 @@ from khala_mlx.config import (
 from khala_mlx.convert.layouts.megatron_args import read_json
 from khala_mlx.convert.layouts.model_folder import CONFIG, AnyConfig, open_part
 from khala_mlx.convert.layouts.parts import Opened, Part, naming
-from khala_mlx.convert.layouts.shapes import Shapes, codec_shapes, transformer_shapes
 from khala_mlx.convert.outputs import Packing
 from khala_mlx.convert.tokenizer import Tokenizer, checked
 from khala_mlx.errors import ConfigError, ConvertError
 from khala_mlx.prompt.tokenizer import Tokenizer as RuntimeTokenizer
+from khala_mlx.storage.shapes import Shapes, codec_shapes, transformer_shapes
 from khala_mlx.text import listed, shown
 
 LAYOUT = "training runs"

@@ -17,8 +17,8 @@ from khala_mlx.convert.layouts.parts import (
     require_names,
     require_shapes,
 )
-from khala_mlx.convert.layouts.shapes import Shapes, transformer_shapes
 from khala_mlx.errors import ConvertError
+from khala_mlx.storage.shapes import Shapes, transformer_shapes
 from khala_mlx.text import shown
 
 # The trained windows are these classes' defaults: Megatron's seq_length is 16384 for both

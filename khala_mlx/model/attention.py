@@ -21,8 +21,8 @@ FUSED_HEADS = (64, 80, 128)
 SCORE_BYTES = 64 * 2**20
 # The same for gradients: they hold about four times as much, for several chunks.
 TRAINING_SCORE_BYTES = 16 * 2**20
-# If this variable is set, attention uses plain products. That separates a wrong fused kernel on
-# some GPU (ml-explore/mlx#4022) from a fault elsewhere.
+# If this variable is set, attention uses plain products. That separates a fused kernel that is
+# wrong on some GPU (ml-explore/mlx#4022) from a fault elsewhere.
 MANUAL_ATTENTION = "KHALA_MANUAL_ATTENTION"
 # On the GPU products with quantized values are only whole for heads of a multiple of this: the last
 # columns of others are not written once 1024 tokens are cached (ml-explore/mlx#4250).

@@ -13,13 +13,12 @@ import mlx.core as mx
 import numpy as np
 
 from khala_mlx import token_ids as tokens
-from khala_mlx.config import BackboneConfig, TokenLayout
+from khala_mlx.config import BackboneConfig, TokenLayout, check_whole
 from khala_mlx.errors import KhalaError, KhalaWarning, NoSongError
+from khala_mlx.model import Progress
 from khala_mlx.model.cache import check_kv_bits, keep_rows, make_cache, spread
 from khala_mlx.model.sampling import DEFAULT_SAMPLING, Sampling, sample, uniform_draws, usable
 from khala_mlx.model.transformer import Transformer, like_input, projector
-
-Progress = Callable[[int, int], None]
 
 # Tokens between two looks at what was written: each look waits for the device.
 _READ_EVERY = 16
@@ -41,7 +40,7 @@ class Backbone(Transformer):
 
         -1 is padding. NumPy in, float32 NumPy out; mx.array in, mx.array out.
         """
-        return like_input(self.lm_head(self.hidden(self.checked_ids(ids, 2, "[B, S]"))), ids)
+        return like_input(self.lm_head(self.hidden(self.checked_ids(ids, "[B, S]"))), ids)
 
     def hidden(self, ids: mx.array, cache: list[Any] | None = None) -> mx.array:
         """Checked ids [B, S] -> hidden states [B, S, H] after the last norm."""
@@ -74,7 +73,7 @@ class Backbone(Transformer):
         """
         check_kv_bits(sampling.kv_bits, self.config.head_dim)
         top_k, temperature = sampling.top_k, sampling.temperature
-        prompt = self.checked_ids(np.asarray(ids)[None], 2, "[1, P]")
+        prompt = self.checked_ids(np.asarray(ids)[None], "[1, P]")
         choices = self.choices(sampling.reachable_only)
         draws = mx.stack([uniform_draws(key, self.config.context) for key in keys], axis=1)
         rows = _Rows(len(keys), self.layout.end_of_song)
@@ -184,7 +183,7 @@ class Backbone(Transformer):
         """
         written = tokens.interleave(self.layout, coarse)
         rows = np.concatenate([np.asarray(ids), written])[None, :-1]
-        hidden = self.hidden(self.checked_ids(rows, 2, "[1, P]"))[0, len(ids) - 1 :]
+        hidden = self.hidden(self.checked_ids(rows, "[1, P]"))[0, len(ids) - 1 :]
         turns, nats = self.layout.num_coarse, np.empty(len(written), dtype=np.float32)
         for turn, (project, _) in enumerate(self.choices(True)):
             # The end of the song comes first among the candidates.
@@ -206,12 +205,8 @@ class Backbone(Transformer):
         return tokens.deinterleave(self.layout, written)
 
     def _check_frames(self, prompt_length: int, max_frames: int, min_frames: int) -> None:
-        check_whole(max_frames=max_frames, min_frames=min_frames)
-        if max_frames < 1 or not 0 <= min_frames <= max_frames:
-            raise KhalaError(
-                f"A song needs at least one frame and 0 <= min_frames <= max_frames, got "
-                f"max_frames={max_frames}, min_frames={min_frames}."
-            )
+        check_whole("max_frames", max_frames, 1)
+        check_whole("min_frames", min_frames, 0, max_frames)
         room = self.room(prompt_length)
         if max_frames > room:
             raise KhalaError(
@@ -233,13 +228,6 @@ class Backbone(Transformer):
             candidates = mx.array([self.layout.end_of_song, *window])
             choices.append((projector(self.lm_head, candidates), candidates))
         return choices
-
-
-def check_whole(**values: Any) -> None:
-    """Raise KhalaError for values that are not whole numbers, named by their arguments."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise KhalaError(f"{name} must be a whole number, got {value!r}.")
 
 
 class _Rows:

@@ -13,15 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from khala_mlx import token_ids as tokens
-from khala_mlx.config import CodecConfig
+from khala_mlx.config import DILATIONS, KERNEL, LATENT_KERNEL, CodecConfig, check_whole
 from khala_mlx.errors import AudioError, KhalaError
-from khala_mlx.model import ops
+from khala_mlx.model import Progress, ops
 from khala_mlx.model.quantizer import Quantizer
 from khala_mlx.model.receptive_field import (
-    DILATIONS,
-    KERNEL,
-    LATENT_KERNEL,
     UNITS_HALO,
     Window,
     decoder_halo,
@@ -29,8 +25,7 @@ from khala_mlx.model.receptive_field import (
     padding_of,
     windows,
 )
-
-Progress = Callable[[int, int], None]
+from khala_mlx.token_ids import check_codes, plain_array
 
 # Activations alive at once, in units of the largest (hop * width of the samples' end: rates are at
 # least two, so no inner one is larger), with room for MLX to run ahead.
@@ -213,13 +208,14 @@ class Codec(nn.Module):
         """
         config = self.config
         waveform = _checked_waveform(waveform, config.channels)
-        chunk = _chunk(chunk_frames, self.encode_bytes)
+        chunk = _chunk(config, encode_bytes, chunk_frames)
         total = -(-len(waveform) // config.hop)
         codes = np.empty((config.num_codebooks, total), dtype=np.int32)
         try:
             for window in windows(total, chunk, encoder_halo(config)):
                 codes[:, window.first : window.last] = self._encode_window(waveform, window)
-                _report(on_progress, window.last, total)
+                if on_progress:
+                    on_progress(window.last, total)
         finally:
             mx.clear_cache()
         return codes
@@ -253,28 +249,20 @@ class Codec(nn.Module):
             done += len(block)
             if on_block:
                 on_block(block, len(samples))
-            _report(on_progress, done // hop, total)
+            if on_progress:
+                on_progress(done // hop, total)
         return samples
 
     def decode_stream(
         self, codes: np.ndarray, *, chunk_frames: int | None = None
     ) -> Iterator[np.ndarray]:
         """`decode` block by block, so that a song can be heard while its rest is rendered."""
-        return self._decode_blocks(self._checked(codes), _chunk(chunk_frames, self.decode_bytes))
-
-    def decode_bytes(self, chunk_frames: int) -> int:
-        """About the bytes that `decode` needs beside the parameters and its result."""
-        return _decode_bytes(self.config, chunk_frames)
-
-    def encode_bytes(self, chunk_frames: int) -> int:
-        """About the bytes that `encode` needs beside the parameters, the samples and the codes."""
-        config = self.config
-        frames = chunk_frames + sum(encoder_halo(config))
-        return 4 * _LIVE * frames * config.hop * config.encoder_dim
+        chunk = _chunk(self.config, decode_bytes, chunk_frames)
+        return self._decode_blocks(self._checked(codes), chunk)
 
     def _checked(self, codes: np.ndarray) -> np.ndarray:
-        layers, rows = self.config.num_codebooks, self.config.codebook_size
-        return tokens.check_codes(codes, layers=layers, codebook_size=rows, fewer=True)
+        most, size = self.config.num_codebooks, self.config.codebook_size
+        return check_codes(codes, codebooks=most, size=size, fewer=True)
 
     def _decode_blocks(self, codes: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
         hop = self.config.hop
@@ -313,11 +301,12 @@ class Codec(nn.Module):
 
 
 def default_chunk(config: CodecConfig) -> int:
-    """Frames that `decode` makes at once unless told otherwise."""
-    return _fitting(lambda frames: _decode_bytes(config, frames), _DEFAULT_BYTES)
+    """Return how many frames `decode` makes at once by default."""
+    return _chunk(config, decode_bytes, None)
 
 
-def _decode_bytes(config: CodecConfig, chunk_frames: int) -> int:
+def decode_bytes(config: CodecConfig, chunk_frames: int) -> int:
+    """Return about the bytes that `decode` needs beside the parameters and its result."""
     # The largest upsampling's weights, [2 * width, 2 * rate, width].
     widths = _decoder_widths(config)
     pairs = zip(widths, widths[1:], config.decoder_rates, strict=False)
@@ -326,20 +315,19 @@ def _decode_bytes(config: CodecConfig, chunk_frames: int) -> int:
     return 4 * (packed + _LIVE * frames * config.hop * config.decoder_dim)
 
 
-def _chunk(asked: int | None, needs: Callable[[int], int]) -> int:
-    if asked is None:
-        return _fitting(needs, _DEFAULT_BYTES)
-    if isinstance(asked, bool) or not isinstance(asked, (int, np.integer)) or asked < 1:
-        raise KhalaError(f"chunk_frames must be a whole number above 0, got {asked!r}.")
-    return min(int(asked), _fitting(needs, _MOST_BYTES))
+def encode_bytes(config: CodecConfig, chunk_frames: int) -> int:
+    """Return about the bytes that `encode` needs beside parameters, samples and codes."""
+    frames = chunk_frames + sum(encoder_halo(config))
+    return 4 * _LIVE * frames * config.hop * config.encoder_dim
 
 
-def _fitting(needs: Callable[[int], int], room: int) -> int:
-    # The largest power of two, or one, whose needs are within the room.
+def _chunk(config: CodecConfig, needs: Callable[[CodecConfig, int], int], asked: int | None) -> int:
+    """Return the frames of a block: those asked for if they fit, or a power of two that fits."""
+    room = _DEFAULT_BYTES if asked is None else _MOST_BYTES
     frames = 1
-    while needs(2 * frames) <= room:
+    while needs(config, 2 * frames) <= room:
         frames *= 2
-    return frames
+    return frames if asked is None else min(check_whole("chunk_frames", asked, 1), frames)
 
 
 def _encoder_widths(config: CodecConfig) -> list[int]:
@@ -350,13 +338,8 @@ def _decoder_widths(config: CodecConfig) -> list[int]:
     return [config.decoder_dim * 2**i for i in range(len(config.decoder_rates), -1, -1)]
 
 
-def _report(on_progress: Progress | None, done: int, total: int) -> None:
-    if on_progress is not None:
-        on_progress(done, total)
-
-
 def _checked_waveform(given: np.ndarray, channels: int) -> np.ndarray:
-    waveform = tokens.plain_array(given, "A waveform")
+    waveform = plain_array(given, "A waveform")
     if waveform.ndim != 2 or waveform.shape[1] != channels:
         shape = list(waveform.shape)
         raise AudioError(f"A waveform must be an array of shape [L, {channels}], got {shape}.")

@@ -1,7 +1,7 @@
 """The ops whose fast form differs between the CPU and the GPU. Arrays are [B, L, C].
 
-Each op is one function; `form` forces one of its forms and is there for tests. Every form is
-differentiable. This file knows nothing of the codec.
+Each op is one function; device_form() chooses its form. Every form is differentiable. This file
+does not depend on the codec.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ def conv1d(
     stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
-    form: Form | None = None,
 ) -> mx.array:
     """Cross-correlate x [B, L, I] with weight [O, k, I], zeros beyond both ends -> [B, L', O].
 
@@ -63,7 +62,7 @@ def conv1d(
         assert dilation == 1
         x, weight = _fold_stride(x, weight, stride, padding)
         padding = 0
-    if (form or device_form()) == "cpu":
+    if device_form() == "cpu":
         return _conv1d_as_matmuls(x, weight, bias, padding, dilation)
     y = mx.conv1d(x, weight, padding=padding, dilation=dilation)
     return y if bias is None else y + bias
@@ -88,7 +87,6 @@ def conv_transpose1d(
     bias: mx.array | None = None,
     *,
     stride: int,
-    form: Form | None = None,
 ) -> mx.array:
     """Upsample x [B, L, C] by a kernel of 2 * stride, padding ceil(stride / 2) -> [B, L', O].
 
@@ -98,16 +96,16 @@ def conv_transpose1d(
     on GPUs that round float32 to 10 bits in matmuls, but not in convs.
     """
     batch, length, _ = x.shape
-    phases = conv1d(x, packed, padding=1, form=form)
+    phases = conv1d(x, packed, padding=1)
     y = phases.reshape(batch, (length + 1) * stride, packed.shape[0] // stride)
     crop = (stride + 1) // 2
     y = y[:, crop : y.shape[1] - crop]
     return y if bias is None else y + bias
 
 
-def snake(x: mx.array, alpha: mx.array, *, form: Form | None = None) -> mx.array:
+def snake(x: mx.array, alpha: mx.array) -> mx.array:
     """x + sin(alpha x)^2 / (alpha + 1e-9) for x [B, L, C], alpha [C]; in float32, returned as x."""
-    function: Any = _snake_by_polynomial if (form or device_form()) == "cpu" else _snake_fused
+    function: Any = _snake_by_polynomial if device_form() == "cpu" else _snake_fused
     result: mx.array = function(x, alpha)
     return result
 
@@ -116,14 +114,12 @@ def in_tiles(
     function: Callable[[mx.array], mx.array],
     x: mx.array,
     halo: Span,
-    *,
-    form: Form | None = None,
 ) -> mx.array:
     """function(x), for one that keeps the length of x [B, L, C] and sees `halo` rows around each.
 
     Tile by tile, so that only one tile's intermediate results are there at once.
     """
-    rows = max(1, TILE[form or device_form()] // (x.shape[0] * x.shape[2]))
+    rows = max(1, TILE[device_form()] // (x.shape[0] * x.shape[2]))
     if x.shape[1] <= rows:
         return function(x)
     tiles = []

@@ -8,14 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from khala_mlx.config import CodecConfig
+from khala_mlx.config import DILATIONS, KERNEL, LATENT_KERNEL, CodecConfig
 
 Span = tuple[int, int]
 
-# The DAC family fixes these; strides and widths are in the config.
-DILATIONS = (1, 3, 9)
-KERNEL = 7
-LATENT_KERNEL = 3
 # Rows that the three units of a block see on either side of a row.
 UNITS_HALO = (KERNEL // 2 * sum(DILATIONS),) * 2
 

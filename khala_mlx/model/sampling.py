@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from khala_mlx.config import check_whole
 from khala_mlx.errors import KhalaError
 from khala_mlx.text import shown
 
@@ -16,10 +17,6 @@ from khala_mlx.text import shown
 _LARGEST_DRAW = 1 - 2.0**-23
 # What a float holds; all is equally likely long before.
 _HOTTEST = sys.float_info.max
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Sampling:
     kv_bits: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "top_k", _checked_top_k(self.top_k))
+        object.__setattr__(self, "top_k", check_whole("top_k", self.top_k, 1))
         object.__setattr__(self, "temperature", _checked_temperature(self.temperature))
 
 
@@ -63,21 +60,13 @@ class Detail:
     expected: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "top_k", _checked_top_k(self.top_k))
+        object.__setattr__(self, "top_k", check_whole("top_k", self.top_k, 1))
 
 
-def _checked_top_k(top_k: int) -> int:
-    """Return top_k, also one of NumPy's, as an int."""
-    if not _is_whole(top_k) or top_k < 1:
-        raise KhalaError(f"top_k must be a whole number, at least 1 (greedy), got {shown(top_k)}.")
-    return int(top_k)
-
-
-def _checked_temperature(temperature: float) -> float:
-    """Return a temperature, also one of NumPy's, as a float."""
-    number = _is_whole(temperature) or isinstance(temperature, (float, np.floating))
+def _checked_temperature(temperature: Any) -> float:
     # NumPy compares in its own, smaller type.
     plain = temperature.item() if isinstance(temperature, np.generic) else temperature
+    number = isinstance(plain, (int, float)) and not isinstance(plain, bool)
     if not number or not 0 < plain <= _HOTTEST:
         raise KhalaError(
             f"temperature must be above 0, got {shown(temperature)}. Use top_k=1 to be greedy."
@@ -91,9 +80,7 @@ DEFAULT_SAMPLING, DEFAULT_DETAIL = Sampling(), Detail()
 
 def stage_key(seed: int, stage: int) -> mx.array:
     """Return the key of one stage, so that later stages can run again without earlier ones."""
-    if not _is_whole(seed) or not 0 <= seed < 2**64:
-        raise KhalaError(f"seed must be a whole number from 0 to 2**64 - 1, got {shown(seed)}.")
-    return mx.random.split(mx.random.key(int(seed)), 2)[stage]
+    return mx.random.split(mx.random.key(check_whole("seed", seed, 0, 2**64 - 1)), 2)[stage]
 
 
 def top_k_logits(logits: mx.array, top_k: int, temperature: float) -> mx.array:

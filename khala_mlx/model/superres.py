@@ -14,14 +14,12 @@ import mlx.core as mx
 import numpy as np
 
 from khala_mlx import token_ids as tokens
-from khala_mlx.config import SuperResConfig, TokenLayout
+from khala_mlx.config import SuperResConfig, TokenLayout, check_whole
 from khala_mlx.errors import KhalaError, KhalaWarning
+from khala_mlx.model import Progress
 from khala_mlx.model.quantizer import nearest
 from khala_mlx.model.sampling import DEFAULT_DETAIL, Detail, exponential, sample_by_race, usable
 from khala_mlx.model.transformer import Transformer, like_input, projector
-
-Progress = Callable[[int, int], None]
-Draws = Callable[[int], np.ndarray]
 
 # A window shares one part in so many with the one before.
 _OVERLAP = 4
@@ -74,7 +72,7 @@ class SuperRes(Transformer):
         A row with only column 0 set is text; a row with more is audio, the sum of the embeddings
         of its columns; -1 is padding. NumPy in, float32 NumPy out; mx.array in, mx.array out.
         """
-        columns = self.checked_ids(ids, 3, "[B, S, C]")
+        columns = self.checked_ids(ids, "[B, S, C]")
         # Column by column: a gather of all at once would hold C times the sum.
         summed = self.embed(columns[..., 0])
         for column in range(1, columns.shape[2]):
@@ -86,7 +84,7 @@ class SuperRes(Transformer):
 
         Each sees the codes of the layers before it. There are no windows.
         """
-        prompt = self.embed(self.checked_ids(np.asarray(ids)[None], 2, "[1, P]"))
+        prompt = self.embed(self.checked_ids(np.asarray(ids)[None], "[1, P]"))
         audio, found = mx.zeros((1, codes.shape[1], self.config.hidden_size)), []
         for layer, row in enumerate(codes):
             if layer in layers:
@@ -104,7 +102,6 @@ class SuperRes(Transformer):
         refined: np.ndarray | None = None,
         codebooks: int | None = None,
         kept: np.ndarray | None = None,
-        draws: Draws | None = None,
         expected: Expected | None = None,
         on_progress: Progress | None = None,
     ) -> np.ndarray:
@@ -123,8 +120,6 @@ class SuperRes(Transformer):
             codebooks: how many codebooks the result has; K by default.
             kept: codes [k, T0] that the first T0 frames keep; the other frames see them.
                 Codebooks beyond k are filled as elsewhere.
-            draws: draws(codebook) replaces the Exponential(1) draws [T, top_k] of a codebook
-                (parity tests inject upstream's).
             expected: chooses the codes instead, where `detail.expected`; neither `detail.top_k`
                 nor `key` matters then.
 
@@ -132,8 +127,10 @@ class SuperRes(Transformer):
             KhalaError: for codes or ids out of range, a prompt that leaves no room, or an
                 `expected` that is at another codebook.
         """
-        begun = tokens.check_begun(self.layout, coarse, refined)
-        codebooks = self._check_codebooks(codebooks, len(begun))
+        begun = tokens.join_codes(self.layout, coarse, refined)
+        most = self.layout.num_codebooks
+        codebooks = most if codebooks is None else codebooks
+        codebooks = check_whole("codebooks", codebooks, len(begun), most)
         kept = self._check_kept(kept, begun)
         frames, top_k = begun.shape[1], min(detail.top_k, self.layout.codebook_size)
         windows = self._windows(len(ids), frames)
@@ -143,7 +140,7 @@ class SuperRes(Transformer):
             )
         if len(windows) > 1 and len(begun) == self.layout.num_coarse:
             _warn_windows(frames, windows)
-        prompt = self.embed(self.checked_ids(np.asarray(ids)[None], 2, "[1, P]"))
+        prompt = self.embed(self.checked_ids(np.asarray(ids)[None], "[1, P]"))
         keys = mx.random.split(key, self.layout.num_codebooks)
 
         def pick(logits: mx.array, layer: int, known: int, first: int) -> mx.array:
@@ -151,9 +148,8 @@ class SuperRes(Transformer):
                 return expected.choose(logits, layer, first, known)
             if top_k == 1:
                 return mx.argmax(logits, axis=-1)
-            drawn = exponential(keys[layer], (frames, top_k)) if draws is None else draws(layer)
-            rows = mx.array(drawn)[first : first + logits.shape[0]]
-            return sample_by_race(logits, rows, top_k)
+            draws = exponential(keys[layer], (frames, top_k))[first : first + logits.shape[0]]
+            return sample_by_race(logits, draws, top_k)
 
         codes = np.zeros((codebooks, frames), dtype=np.int64)
         codes[: len(kept), : kept.shape[1]] = kept[:codebooks]
@@ -226,26 +222,13 @@ class SuperRes(Transformer):
         """Codes [T] of one layer -> embeddings [1, T, H] in float32."""
         return self.embed(codes[None] + tokens.window(self.layout, layer)[0])
 
-    def _check_codebooks(self, codebooks: int | None, begun: int) -> int:
-        most = self.layout.num_codebooks
-        if codebooks is None:
-            return most
-        whole = isinstance(codebooks, (int, np.integer)) and not isinstance(codebooks, bool)
-        if not whole or not begun <= codebooks <= most:
-            raise KhalaError(
-                f"codebooks must be a whole number from {begun} to {most}, got {codebooks!r}."
-            )
-        return int(codebooks)
-
     def _check_kept(self, kept: np.ndarray | None, codes: np.ndarray) -> np.ndarray:
         """Codes [k, T0] that stay; [0, 0] for none."""
         kept = np.empty((0, 0)) if kept is None else tokens.plain_array(kept, "Codes")
         if kept.size == 0:
             return np.empty((0, 0), dtype=np.int32)
-        layout = self.layout
-        kept = tokens.check_codes(
-            kept, layers=layout.num_codebooks, codebook_size=layout.codebook_size, fewer=True
-        )
+        most, size = self.layout.num_codebooks, self.layout.codebook_size
+        kept = tokens.check_codes(kept, codebooks=most, size=size, fewer=True)
         both = min(len(kept), len(codes))
         if kept.shape[1] > codes.shape[1] or (kept[:both] != codes[:both, : kept.shape[1]]).any():
             raise KhalaError("The codes that are to stay are not those the song begins with.")

@@ -14,10 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from khala_mlx import token_ids as tokens
 from khala_mlx.config import TransformerConfig
 from khala_mlx.errors import KhalaError
 from khala_mlx.model.attention import attend, attend_quantized
+from khala_mlx.token_ids import check_ids
 
 # Rows of a pass from which on each layer is evaluated before the next.
 EVALUATED_ROWS = 256
@@ -143,14 +143,9 @@ class Transformer(nn.Module):
         rows = self.embed_tokens(mx.maximum(ids, 0)).astype(mx.float32)
         return mx.where(known, rows, 0.0)
 
-    def checked_ids(self, ids: Any, ndim: int, axes: str) -> mx.array:
-        """`ids` as int32; a gather outside the table would return garbage silently."""
-        array = tokens.plain_array(ids, "Token ids")
-        if array.ndim != ndim or array.dtype.kind not in "iu" or array.size == 0:
-            raise KhalaError(
-                f"Token ids must be integers of shape {axes}, got {array.dtype} of shape "
-                f"{list(array.shape)}."
-            )
+    def checked_ids(self, ids: Any, axes: str) -> mx.array:
+        """Return `ids` as int32; a gather outside the table would return garbage silently."""
+        array = check_ids(ids, axes)
         if array.min() < -1 or array.max() >= self.config.vocab_size:
             raise KhalaError(
                 f"Token ids must lie in -1..{self.config.vocab_size - 1}, got "

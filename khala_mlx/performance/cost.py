@@ -6,12 +6,11 @@ softmax are left out, as they are bound by memory and small.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import replace
 
 from khala_mlx.config import CodecConfig, KhalaConfig, Quantization, TransformerConfig
-from khala_mlx.model.receptive_field import DILATIONS, KERNEL, LATENT_KERNEL
-from khala_mlx.storage.adapter import linear_sizes
+from khala_mlx.storage.shapes import Shapes, codec_shapes, linear_sizes, transformer_shapes
 
 # Bytes of an element.
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -19,19 +18,7 @@ _FLOAT32 = 4
 _TABLES = ("embed_tokens", "lm_head")
 
 
-def packed_bytes(config: KhalaConfig, path: str, into: int, out: int, width: int) -> int:
-    """Bytes of a matrix [out, into] named `part.path`, quantized if config.json says so.
-
-    The affine modes keep a scale and a bias for each group, the others one byte.
-    """
-    how = config.quantization.get(path)
-    if how is None:
-        return into * out * width
-    per_group = 2 * width if how.mode == "affine" else 1
-    return into * out * how.bits // 8 + per_group * into * out // how.group_size
-
-
-def packable(config: KhalaConfig) -> dict[str, tuple[int, int]]:
+def quantizable(config: KhalaConfig) -> dict[str, tuple[int, int]]:
     """(in, out) of every matrix that can be quantized, by its name in config.json."""
     return {
         f"{part}.{path}": size
@@ -43,27 +30,21 @@ def packable(config: KhalaConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def packed(config: KhalaConfig, how: Quantization) -> KhalaConfig:
+def quantized(config: KhalaConfig, how: Quantization) -> KhalaConfig:
     """`config` with every matrix quantized whose rows divide into groups."""
-    names = [n for n, (into, _) in packable(config).items() if into % how.group_size == 0]
+    names = [n for n, (into, _) in quantizable(config).items() if into % how.group_size == 0]
     return replace(config, quantization=dict.fromkeys(names, how))
 
 
 def transformer_bytes(config: KhalaConfig, part: str, width: int) -> int:
-    """Bytes of all parameters of "backbone" or "superres"."""
+    """Return the bytes of all parameters of "backbone" or "superres"."""
     sizes = config.backbone if part == "backbone" else config.superres
-    total = _body_bytes(config, part, sizes, width)
-    for table in _TABLES:
-        total += packed_bytes(config, f"{part}.{table}", sizes.hidden_size, sizes.vocab_size, width)
-    return total
+    return _bytes_of(config, part, transformer_shapes(sizes), width)
 
 
 def codec_bytes(config: CodecConfig) -> int:
-    """Bytes of all parameters of the codec, which is float32 in memory."""
-    codebooks = config.num_codebooks * config.codebook_size * config.latent_dim
-    encoder = sum(i * o * k + o + a for i, o, k, a in _encoder_convs(config))
-    decoder = sum(i * o * k + o + a for i, o, k, a, _ in _decoder_convs(config))
-    return _FLOAT32 * (codebooks + encoder + decoder)
+    """Return the bytes of all parameters of the codec, which is float32 in memory."""
+    return _FLOAT32 * sum(map(math.prod, codec_shapes(config).values()))
 
 
 def cache_bytes(sizes: TransformerConfig, tokens: int, width: int, kv_bits: int | None) -> int:
@@ -80,10 +61,11 @@ def compose_bytes(
 ) -> int:
     """Bytes read for the next token of each of `songs` songs behind `cached` tokens."""
     sizes = config.backbone
-    head = packed_bytes(
-        config, "backbone.lm_head", sizes.hidden_size, reachable_rows(config), width
-    )
-    weights = _body_bytes(config, "backbone", sizes, width) + head
+    shapes = transformer_shapes(sizes)
+    # Each song reads one row of the embeddings, and all read the rows of the head that can follow.
+    del shapes["embed_tokens.weight"]
+    shapes["lm_head.weight"] = (reachable_rows(config), sizes.hidden_size)
+    weights = _bytes_of(config, "backbone", shapes, width)
     own = sizes.hidden_size * width + cache_bytes(sizes, cached + 1, width, kv_bits)
     return weights + songs * own
 
@@ -111,8 +93,15 @@ def refine_flops(config: KhalaConfig, prompt: int, frames: int) -> int:
 
 
 def render_flops(config: CodecConfig, frames: int) -> int:
-    """Operations to turn frames into sound."""
-    return sum(2 * i * o * k * int(rows * frames) for i, o, k, _, rows in _decoder_convs(config))
+    """Return the operations that turn frames into sound."""
+    flops, rows, rates = 0, frames, iter(config.decoder_rates)
+    for name, shape in codec_shapes(config).items():
+        if name.startswith("decoder.") and name.endswith(".weight"):
+            flops += 2 * math.prod(shape) * rows
+            if name.endswith(".up.weight"):
+                # Every row that comes in meets each tap once, and `rate` rows go out.
+                rows *= next(rates)
+    return flops
 
 
 def reachable_rows(config: KhalaConfig) -> int:
@@ -120,12 +109,20 @@ def reachable_rows(config: KhalaConfig) -> int:
     return config.tokens.codebook_size + 1
 
 
-def _body_bytes(config: KhalaConfig, part: str, sizes: TransformerConfig, width: int) -> int:
-    linears = linear_sizes(sizes)
-    norms = (2 * sizes.num_layers + 1) * sizes.hidden_size
-    total = width * (norms + sum(out for _, out in linears.values()))
-    for path, (into, out) in linears.items():
-        total += packed_bytes(config, f"{part}.{path}", into, out, width)
+def _bytes_of(config: KhalaConfig, part: str, shapes: Shapes, width: int) -> int:
+    """Return the bytes of the tensors of `part`, quantized where config.json says so.
+
+    The affine modes keep a scale and a bias for each group, the others one byte.
+    """
+    total = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape)
+        how = config.quantization.get(f"{part}.{name.removesuffix('.weight')}")
+        if how is None:
+            total += size * width
+        else:
+            per_group = 2 * width if how.mode == "affine" else 1
+            total += size * how.bits // 8 + per_group * size // how.group_size
     return total
 
 
@@ -139,34 +136,3 @@ def _pass_flops(sizes: TransformerConfig, rows: int, wanted: int, *, causal: boo
     last = score * wanted * rows - (score * wanted * (wanted - 1) // 2 if causal else 0)
     whole = (sizes.num_layers - 1) * (rows * (for_all + for_wanted) + every)
     return whole + rows * for_all + wanted * for_wanted + last
-
-
-def _unit_convs(width: int) -> Iterator[tuple[int, int, int, int]]:
-    for _ in DILATIONS:
-        yield width, width, KERNEL, width
-        yield width, width, 1, width
-
-
-def _encoder_convs(config: CodecConfig) -> Iterator[tuple[int, int, int, int]]:
-    """(in, out, kernel, alphas of the snake before it) of every conv."""
-    width = config.encoder_dim
-    yield config.channels, width, KERNEL, 0
-    for stride in config.encoder_strides:
-        yield from _unit_convs(width)
-        yield width, 2 * width, 2 * stride, width
-        width *= 2
-    yield width, config.latent_dim, LATENT_KERNEL, width
-
-
-def _decoder_convs(config: CodecConfig) -> Iterator[tuple[int, int, int, int, float]]:
-    """(in, out, kernel, alphas, rows a frame of `in * kernel` products) of every conv."""
-    width = config.decoder_dim * 2 ** len(config.decoder_rates)
-    yield config.latent_dim, width, KERNEL, 0, 1
-    rows = 1
-    for rate in config.decoder_rates:
-        # Every input row meets each of the 2 * rate taps once.
-        yield width, width // 2, 2 * rate, width, rows
-        width, rows = width // 2, rows * rate
-        for conv in _unit_convs(width):
-            yield (*conv, rows)
-    yield width, config.channels, KERNEL, width, rows

@@ -89,7 +89,7 @@ def new_take(parts: Parts, source: str, request: Request, prefix: np.ndarray | N
     prefix = no_codes() if prefix is None else token_ids.plain_array(prefix, "Codes")
     if prefix.size:
         coarse, refined = np.split(np.atleast_1d(prefix), [config.tokens.num_coarse])
-        prefix = token_ids.check_begun(config.tokens, coarse, refined)
+        prefix = token_ids.join_codes(config.tokens, coarse, refined)
     check_request(config, request)
     backbone, superres = prompt_ids(
         parts.tokenizer, config, request.prompt, truncate=request.truncate_lyrics
@@ -117,7 +117,7 @@ def carry_over(
     check_same_song(take, fresh, strict=same)
     if take.codebooks:
         coarse, refined = np.split(take.codes[:codebooks], [parts.config.tokens.num_coarse])
-        codes = token_ids.check_begun(parts.config.tokens, coarse, refined)
+        codes = token_ids.join_codes(parts.config.tokens, coarse, refined)
         fresh.set_codes(codes, parts.config.codec.frame_rate)
     fresh.options = take.options
     if "continued" in take.metadata:

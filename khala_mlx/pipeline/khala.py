@@ -14,9 +14,9 @@ import numpy as np
 
 from khala_mlx import token_ids
 from khala_mlx.audio.files import SILENCE
-from khala_mlx.config import KhalaConfig
+from khala_mlx.config import KhalaConfig, check_whole
 from khala_mlx.errors import KhalaError, KhalaWarning, NoSongError
-from khala_mlx.model.backbone import Backbone, check_whole
+from khala_mlx.model.backbone import Backbone
 from khala_mlx.model.codec import Codec
 from khala_mlx.model.sampling import DEFAULT_SAMPLING, Detail, Sampling, stage_key
 from khala_mlx.model.superres import Expected, SuperRes
@@ -416,8 +416,9 @@ class Khala:
         Raises:
             KhalaError: for ids, seeds or lengths out of range, or if no song can be made.
         """
-        seeds, ids = check_seeds(seeds), token_ids.check_prompt(ids)
-        check_whole(max_frames=max_frames, min_frames=min_frames)
+        seeds, ids = check_seeds(seeds), token_ids.check_ids(ids)
+        check_whole("max_frames", max_frames, 1)
+        check_whole("min_frames", min_frames, 0, max_frames)
         room = backbone_room(self.config, len(ids))
         if max_frames > room > 0:
             warn_window(self.config, max_frames, room)
@@ -458,8 +459,8 @@ class Khala:
         key = stage_key(seed, 1)
         detail = Detail(top_k, expected)
         # Before the model is loaded.
-        ids = token_ids.check_prompt(ids)
-        begun = token_ids.check_begun(self.config.tokens, coarse, refined)
+        ids = token_ids.check_ids(ids)
+        begun = token_ids.join_codes(self.config.tokens, coarse, refined)
         return self.superres.refine(
             ids,
             coarse,
@@ -557,9 +558,7 @@ class Khala:
         if codebooks is None:
             return
         least, most = self.config.tokens.num_coarse, self.config.tokens.num_codebooks
-        check_whole(codebooks=codebooks)
-        if not least <= codebooks <= most:
-            raise KhalaError(f"A draft has {least}..{most} codebooks, got {codebooks}.")
+        check_whole("draft codebooks", codebooks, least, most)
 
     # Inside
 
@@ -681,10 +680,7 @@ class Khala:
     def _check_codes(self, codes: np.ndarray, draft: bool) -> None:
         layout = self.config.tokens
         token_ids.check_codes(
-            codes,
-            layers=layout.num_codebooks,
-            codebook_size=layout.codebook_size,
-            fewer=draft,
+            codes, codebooks=layout.num_codebooks, size=layout.codebook_size, fewer=draft
         )
 
 

@@ -106,9 +106,7 @@ def _read(khala: Khala) -> dict[str, np.ndarray]:
     if not isinstance(told, dict) or told.get("fingerprint") != khala.parts.fingerprint:
         raise KhalaError(f"{path} is of other weights: remove it and record it again.")
     layout = khala.config.tokens
-    tokens.check_codes(
-        arrays["codes"], layers=layout.num_codebooks, codebook_size=layout.codebook_size
-    )
+    tokens.check_codes(arrays["codes"], codebooks=layout.num_codebooks, size=layout.codebook_size)
     if not _fit_together(arrays, khala):
         raise KhalaError(f"{path} is damaged: remove it and record it again.")
     return arrays

@@ -78,7 +78,7 @@ def mixed(
         raise KhalaError(f"bits must lie above {BITS[0]} and up to {BITS[-1]}, got {bits}.")
     sizes = {
         name: into * out
-        for name, (into, out) in counts.packable(khala.config).items()
+        for name, (into, out) in counts.quantizable(khala.config).items()
         if into % group_size == 0
     }
     if not sizes:

@@ -15,9 +15,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from khala_mlx.config import ATTENTION_LINEARS, KhalaConfig, TransformerConfig, read_object
+from khala_mlx.config import ATTENTION_LINEARS, KhalaConfig, read_object
 from khala_mlx.errors import AdapterError
 from khala_mlx.storage.atomic import appears_whole
+from khala_mlx.storage.shapes import linear_sizes
 from khala_mlx.text import listed, shown
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -176,26 +177,6 @@ def is_finite(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     # Any whole number can stand in JSON.
     return number and bool(abs(value) < 2.0**1023)
-
-
-def linear_sizes(config: TransformerConfig) -> dict[str, tuple[int, int]]:
-    """(in, out) of every linear layer that can have an adapter, by its path."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    sizes = {
-        "self_attn.q_proj": (hidden, queries),
-        "self_attn.k_proj": (hidden, keys),
-        "self_attn.v_proj": (hidden, keys),
-        "self_attn.o_proj": (queries, hidden),
-        "mlp.gate_proj": (hidden, inner),
-        "mlp.up_proj": (hidden, inner),
-        "mlp.down_proj": (inner, hidden),
-    }
-    return {
-        f"layers.{layer}.{name}": size
-        for layer in range(config.num_layers)
-        for name, size in sizes.items()
-    }
 
 
 def module_key(module: str) -> str:

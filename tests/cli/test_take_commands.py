@@ -109,7 +109,7 @@ def test_a_draft_and_the_song_after_it(tiny_folder: Path, whole: bytes) -> None:
     assert Path("a.wav").read_bytes() == whole
     failed(
         run("generate", "-m", tiny_folder, "--draft", "1", "-o", "b.wav"),
-        "A draft has 2..8 codebooks",
+        "draft codebooks must be a whole number from 2 to 8",
     )
     assert "b.take.safetensors" not in names()
 

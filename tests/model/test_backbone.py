@@ -190,7 +190,7 @@ def test_a_longer_limit_only_adds(tiny: Khala) -> None:
 @pytest.mark.parametrize(
     ("prompt", "arguments", "sentence"),
     [
-        (np.arange(9), {"max_frames": 0}, "at least one frame"),
+        (np.arange(9), {"max_frames": 0}, "max_frames must be a whole number at least 1"),
         (np.arange(9), {"max_frames": 4, "min_frames": 5}, "min_frames"),
         (np.arange(9), {"max_frames": 2.5}, "whole number"),
         (np.arange(9), {"max_frames": 4, "top_k": 0}, "top_k"),

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tolerances import CLOSE
+from upstream_rules import use_draws
 
 from khala_mlx import Khala, KhalaError
 from khala_mlx import token_ids as tokens
@@ -72,17 +73,15 @@ def test_window_logits(
 # Upstream's sampled run was made with the single bias.
 @pytest.mark.parametrize("reference", ["single"], indirect=True)
 def test_sampled_codes_equal_with_upstreams_draws(
-    reference: tuple[str, Khala], golden: dict[str, Any], coarse: np.ndarray
+    reference: tuple[str, Khala],
+    golden: dict[str, Any],
+    coarse: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, khala = reference
     draws = np.array(golden["topk10.exp_draws"])
-    codes = khala.superres.refine(
-        np.array(golden["text_ids"]),
-        coarse,
-        Detail(top_k=10),
-        key=KEY,
-        draws=lambda layer: draws[layer - 2, 0],
-    )
+    use_draws(monkeypatch, KEY, {number: each[0] for number, each in enumerate(draws, start=2)})
+    codes = khala.superres.refine(np.array(golden["text_ids"]), coarse, Detail(top_k=10), key=KEY)
     assert np.array_equal(codes, np.array(golden["topk10.codes"])[:, 0])
 
 
@@ -113,11 +112,14 @@ def narrow() -> SuperRes:
     return model
 
 
-def test_long_songs_go_in_windows_over_fixed_codes(narrow: SuperRes) -> None:
+def test_long_songs_go_in_windows_over_fixed_codes(
+    narrow: SuperRes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Room for 32 frames: windows at 0, 24 and, moved inwards, 43, each refined as if alone."""
     layout, prompt, frames = narrow.layout, np.arange(8), 75
     rng = np.random.default_rng(0)
     coarse, drawn = rng.integers(0, 16, (2, frames)), rng.exponential(size=(8, frames, 4))
+    use_draws(monkeypatch, KEY, dict(enumerate(drawn)))
     seen: list[tuple[int, int]] = []
     with pytest.warns(KhalaWarning, match="75 frames, .* room for 32 .* in 3 overlapping"):
         codes = narrow.refine(
@@ -125,7 +127,6 @@ def test_long_songs_go_in_windows_over_fixed_codes(narrow: SuperRes) -> None:
             coarse,
             Detail(top_k=4),
             key=KEY,
-            draws=lambda layer: drawn[layer],
             on_progress=lambda *a: seen.append(a),
         )
     assert seen == [(n, 18) for n in range(1, 19)]

@@ -182,9 +182,17 @@ def test_wrong_numbers_of_candidates(tiny_folder: Path) -> None:
         (["--candidates", 2, "--best", 3], "--best cannot be more", 2),
         (["--candidates", 2], "a.2.draft-8.wav exists already", 1),
         # Told before anything is composed.
-        (["--candidates", 2, "--draft", 9], "A draft has 2..8 codebooks, got 9", 1),
+        (
+            ["--candidates", 2, "--draft", 9],
+            "codebooks must be a whole number from 2 to 8, got 9",
+            1,
+        ),
         (["--candidates", 2, "--play"], "--play is for one song", 2),
-        (["--candidates", 2, "--draft", 0], "A draft has 2..8 codebooks, got 0", 1),
+        (
+            ["--candidates", 2, "--draft", 0],
+            "codebooks must be a whole number from 2 to 8, got 0",
+            1,
+        ),
     ):
         result = run("generate", "-m", tiny_folder, *arguments, "-o", "a.wav")
         assert (result.exit_code, sentence in result.stderr) == (code, True), result.stderr

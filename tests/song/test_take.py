@@ -63,7 +63,7 @@ def test_a_draft_is_finished_to_the_same_song(tiny: Khala, states: tuple[Song, l
     assert not np.array_equal(draft.waveform, states[0].waveform)
     assert np.array_equal(tiny.finish(take).waveform, states[0].waveform)
     for layers in (1, 9):
-        with pytest.raises(KhalaError, match=r"A draft has 2\.\.8 codebooks"):
+        with pytest.raises(KhalaError, match="draft codebooks must be a whole number from 2 to 8"):
             tiny.finish(tiny.begin(REQUEST), codebooks=layers)
 
 

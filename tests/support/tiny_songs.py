@@ -8,7 +8,8 @@ import numpy as np
 from tiny_tokenizer import write_tiny_tokenizer
 
 from khala_mlx.config import KhalaConfig
-from khala_mlx.storage.adapter import Adapter, Pair, linear_sizes
+from khala_mlx.storage.adapter import Adapter, Pair
+from khala_mlx.storage.shapes import linear_sizes
 
 
 def write_songs(

@@ -1,11 +1,14 @@
 """Upstream's own ways of calling the stages, for comparisons with its goldens."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
+from khala_mlx.model import superres
 from khala_mlx.model.backbone import Backbone
 from khala_mlx.model.codec import Codec
 from khala_mlx.model.sampling import Sampling
@@ -27,6 +30,21 @@ def compose_one(model: Backbone, ids: Any, *, key: mx.array, **named: Any) -> np
     """Coarse codes [num_coarse, T] behind a prompt, for one key."""
     sampling, rest = _split(named)
     return model.compose_many(ids, sampling, keys=[key], **rest)[0]
+
+
+def use_draws(
+    monkeypatch: pytest.MonkeyPatch, key: mx.array, draws: Mapping[int, np.ndarray]
+) -> None:
+    """Let refine use these draws [T, top_k] of each codebook instead of its own under `key`."""
+    keys = mx.random.split(key, max(draws) + 1).tolist()
+    codebooks = {tuple(each): codebook for codebook, each in enumerate(keys)}
+
+    def given(key: mx.array, shape: tuple[int, ...]) -> mx.array:
+        drawn = mx.array(draws[codebooks[tuple(key.tolist())]])
+        assert drawn.shape == shape
+        return drawn
+
+    monkeypatch.setattr(superres, "exponential", given)
 
 
 def decode_crossfade(

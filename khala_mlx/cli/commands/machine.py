@@ -234,7 +234,7 @@ def _plans(machine: Machine) -> dict[str, Plan]:
     released = KhalaConfig()
     packings = {"16 bit": released}
     for bits in _PACKINGS:
-        packings[f"{bits} bit"] = counts.packed(released, Quantization(bits, 64))
+        packings[f"{bits} bit"] = counts.quantized(released, Quantization(bits, 64))
     setting = Setting("float32" if machine.on_cpu else released.dtype, machine.on_cpu)
     job = Job(_PROMPT, _PROMPT, round(_MINUTES * 60 * released.codec.frame_rate))
     return {

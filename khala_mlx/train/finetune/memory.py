@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from khala_mlx.config import KhalaConfig, TransformerConfig
 from khala_mlx.model.attention import SCORE_BYTES, TRAINING_SCORE_BYTES, writes_scores
 from khala_mlx.performance.cost import transformer_bytes
-from khala_mlx.storage.adapter import linear_sizes, module_key
+from khala_mlx.storage.adapter import module_key
+from khala_mlx.storage.shapes import linear_sizes
 from khala_mlx.train.finetune.loss import LOGIT_BYTES
 from khala_mlx.train.settings import LoraTraining
 

@@ -21,7 +21,7 @@ from khala_mlx.config import (
 )
 from khala_mlx.model.backbone import Backbone
 from khala_mlx.performance.machine import usable_of_mac
-from khala_mlx.storage.adapter import linear_sizes
+from khala_mlx.storage.shapes import linear_sizes
 from khala_mlx.train.data.sequences import Example
 from khala_mlx.train.finetune.lora import LoraRun, LoraTask, add_lora
 from khala_mlx.train.finetune.memory import Machine, adapter_bytes, forecast, weight_bytes
