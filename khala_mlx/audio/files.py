@@ -73,7 +73,7 @@ def is_sound(path: Path) -> bool:
     if named or suffix in _TEXTS:
         return named
     try:
-        with _quiet_decoder():
+        with quiet_decoder():
             soundfile.info(os.fsencode(path))
     except (soundfile.SoundFileError, OSError, RuntimeError):
         return False
@@ -330,7 +330,7 @@ def _opened(path: Path) -> Iterator[Any]:
         # As bytes, since names on Linux need not be valid text.
         with (
             readable(path) as source,
-            _quiet_decoder() if path.suffix.lower() == ".mp3" else nullcontext(),
+            quiet_decoder() if path.suffix.lower() == ".mp3" else nullcontext(),
             soundfile.SoundFile(os.fsencode(source)) as file,
         ):
             yield file
@@ -345,7 +345,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _quiet_decoder() -> Iterator[None]:
+def quiet_decoder() -> Iterator[None]:
     """Keep libmpg123 from writing to standard error about damaged mp3 files: we report them."""
     with _quiet_lock:
         try:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from khala_mlx.audio import tags
-from khala_mlx.audio.files import load_codes, read_sound
+from khala_mlx.audio.files import load_codes, quiet_decoder, read_sound
 from khala_mlx.audio.loudness import MOST_CHANNELS, levels
 from khala_mlx.audio.plot import check_picture, draw
 from khala_mlx.config import KhalaConfig
@@ -100,7 +100,8 @@ def _sound(path: Path) -> dict[str, Any]:
     import soundfile
 
     try:
-        found = soundfile.info(os.fsencode(path))
+        with quiet_decoder():
+            found = soundfile.info(os.fsencode(path))
     except (soundfile.SoundFileError, OSError) as error:
         raise AudioError(
             f"{path} is not a sound file, codes file, take or model folder."
