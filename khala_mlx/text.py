@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 MOST_LISTED = 100
+# Python refuses to write out much larger numbers, and nobody would read them.
+_LARGEST_SHOWN = 10**40
 
 
 def shown(name: object) -> str:
-    """One name, fit for a terminal: a hostile file may hold control characters or a megabyte."""
-    plain = (
-        name is None
-        or isinstance(name, (str, float))
-        or (isinstance(name, int) and abs(name) < 2**64)
-    )
+    """Return one value, fit for a terminal: printable, on one line, and not too long."""
+    if isinstance(name, int) and abs(name) >= _LARGEST_SHOWN:
+        return "a number of more than 40 digits"
+    plain = name is None or isinstance(name, (str, float, int))
     text = str(name) if plain else type(name).__name__
     text = text if len(text) <= 200 else text[:200] + "..."
     return text if text.isprintable() else ascii(text)

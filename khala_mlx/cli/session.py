@@ -35,6 +35,7 @@ class Output:
     Attributes:
         path: song.wav; song.json and song.take.safetensors are beside it.
         resumed: the take beside it is the song's own and is replaced.
+        named: the user chose the name; otherwise another free one will do.
         model: for the command that resumes the song.
     """
 
@@ -44,6 +45,7 @@ class Output:
     play: bool = False
     as_json: bool = False
     resumed: bool = False
+    named: bool = True
 
     def check(self, take: Take | None = None) -> bool:
         """Return whether the song is still to be written; `take` is the one in `path`'s place.
@@ -137,8 +139,27 @@ def _machine(memory: str, dry_run: bool) -> Machine:
     return replace(here, memory=mac.memory if dry_run else min(here.memory, mac.memory))
 
 
+def claim(take: Take, output: Output) -> Output:
+    """Write the take of a new song, which reserves its name; return where the song goes.
+
+    Raises:
+        KhalaError: if the user's name was taken meanwhile; a default name moves on.
+    """
+    take.options = output.file.recorded(output.path.suffix)
+    while True:
+        try:
+            take.save(take_path(output.path))
+        except KhalaError:
+            if output.named or not take_path(output.path).exists():
+                raise
+            output = replace(output, path=free_name(output.path.suffix))
+        else:
+            return output
+
+
 def save_song(khala: Khala, take: Take, output: Output) -> None:
     """Finish a take, write the song's three files and report them."""
+    output = output if output.resumed else claim(take, output)
     with _played(khala, output) as on_sound:
         song = finish(khala, take, output, on_sound=on_sound)
         write_song(song, output)
@@ -157,8 +178,9 @@ def save_song(khala: Khala, take: Take, output: Output) -> None:
 def save_draft(khala: Khala, take: Take, output: Output, codebooks: int) -> None:
     """Refine a take to some codebooks and write their sound; the take stays unfinished."""
     codebooks = max(codebooks, take.codebooks)
+    check_destination(output.draft_path(codebooks))
+    output = output if output.resumed else claim(take, output)
     sound = output.draft_path(codebooks)
-    check_destination(sound)
     with _played(khala, output) as on_sound:
         song = finish(khala, take, output, codebooks, on_sound=on_sound)
         write_sound(sound, song, output.file)
@@ -183,7 +205,7 @@ def finish(
     on_sound: OnSound | None = None,
     progress: TimedProgress | None = None,
 ) -> Song:
-    """Make the song of a take, and keep the take in its file while it grows."""
+    """Make the song of a take, and keep the take in its file, which exists, while it grows."""
     eta, shown = Eta(khala, [take], codebooks), progress or _progress(played=on_sound is not None)
 
     def on_progress(stage: str, done: int, total: int) -> None:
@@ -200,7 +222,6 @@ def finish(
     if output.resumed:
         keep(take)
         return make(on_take=keep)
-    take.save(path)
     # Until there is something worth keeping, an error or Ctrl-C removes the file again.
     with provisional(path) as settle:
 

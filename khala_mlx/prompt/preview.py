@@ -35,6 +35,8 @@ _PATTERNS = {
 }
 # A character that the tokenizer cannot say in so many tokens is one it hardly ever met.
 _MANY_TOKENS = 3
+# Kinds of doubt about characters that are shown, and characters that are named for each.
+_MOST_DOUBTS, _MOST_NAMED = 5, 5
 
 
 def preview(tokenizer: Tokenizer, config: KhalaConfig, request: Request) -> dict[str, Any]:
@@ -153,10 +155,23 @@ def _suspicious(tokenizer: Tokenizer, request: Request) -> list[str]:
             if name == "lyrics" or "section" not in why:
                 found += [f"{name}: {_shown(m[0].strip())} {why}" for m in pattern.finditer(text)]
         text = clean_lyrics(text) if name == "lyrics" else text
-        for character, times in Counter(text).items():
-            if why := _doubt(tokenizer, character):
-                found.append(f"{name}: {_shown(character)} {why}, {times} times")
+        found += _doubtful_characters(tokenizer, name, text)
     return found
+
+
+def _doubtful_characters(tokenizer: Tokenizer, name: str, text: str) -> list[str]:
+    """Return a line for each kind of doubt, the most characters first, five of each named."""
+    doubts: dict[str, Counter[str]] = {}
+    for character, times in Counter(text).items():
+        if why := _doubt(tokenizer, character):
+            doubts.setdefault(why, Counter())[character] = times
+    lines = []
+    for why, characters in sorted(doubts.items(), key=lambda each: -each[1].total())[:_MOST_DOUBTS]:
+        named = [f"{_shown(c)} ({n} times)" for c, n in characters.most_common(_MOST_NAMED)]
+        more = len(characters) - len(named)
+        rest = f" and {more} other characters" if more else ""
+        lines.append(f"{name}: {', '.join(named)}{rest} {why}")
+    return lines
 
 
 def _doubt(tokenizer: Tokenizer, character: str) -> str:
@@ -169,8 +184,8 @@ def _doubt(tokenizer: Tokenizer, character: str) -> str:
     kind = unicodedata.category(character)
     if kind in ("Cf", "Co", "Cn", "Zl", "Zp"):
         return "is invisible or unknown"
-    if (count := len(tokenizer.encode(character))) >= _MANY_TOKENS:
-        return f"takes {count} tokens, so the model hardly knows it"
+    if len(tokenizer.encode(character)) >= _MANY_TOKENS:
+        return f"takes {_MANY_TOKENS} tokens or more, so the model hardly knows it"
     return ""
 
 

@@ -134,8 +134,12 @@ def check_destination(destination: Path) -> None:
 
 
 def _rename(temporary: Path, destination: Path, overwrite: bool) -> None:
-    # The rename itself would replace silently what has appeared meanwhile.
     if not overwrite:
+        # A rename would silently replace what has appeared meanwhile; a link fails instead.
+        with suppress(OSError):
+            if temporary.is_file():
+                os.link(temporary, destination)
+                return
         check_absent(destination)
     temporary.replace(destination)
 

@@ -144,7 +144,7 @@ def _told(repo: str, error: Exception) -> HubError:
         text = f"{name} cannot be downloaded: {error.strerror}."
     else:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = f"the Hub answered {status}" if status else type(error).__name__
+        reason = f"the Hub answered {status}" if status else plain_reason(error)
         text = f"{name} cannot be fetched from the Hugging Face Hub ({reason})."
     return HubError(text)
 
@@ -279,6 +279,19 @@ def read_range(repo: str, revision: str, name: str, start: int, stop: int) -> by
     return bytes(come)
 
 
+def plain_reason(error: Exception) -> str:
+    """Return why a request failed, in words instead of an exception's name."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if any("Timeout" in kind for kind in kinds):
+        return "no answer in time"
+    if "OfflineModeIsEnabled" in kinds:
+        return "HF_HUB_OFFLINE is set"
+    if kinds & {"TransportError", "ConnectionError", "NetworkError"}:
+        return "no connection"
+    words = " ".join(str(error).split())
+    return words[:200] or "no reason given"
+
+
 def _unreachable(repo: str, error: Exception) -> HubError | None:
     """That the Hub must not be asked, or does not answer; None if it refused."""
     from huggingface_hub import errors
@@ -289,6 +302,6 @@ def _unreachable(repo: str, error: Exception) -> HubError | None:
     if kinds & {"TransportError", "ConnectionError", "TimeoutError", "ReadTimeout"}:
         return Unreachable(
             f"The connection to the Hugging Face Hub failed while {shown(repo)} was asked for "
-            f"({type(error).__name__}): try again, what has come is kept."
+            f"({plain_reason(error)}). Try again; what has arrived is kept."
         )
     return None

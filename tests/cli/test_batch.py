@@ -290,6 +290,8 @@ def test_each_song_has_one_owner(data: st.DataObject, ranks: int, songs: int) ->
 # Process 1 is killed in its second song, once that is composed.
 DIES = """
 import os, sys
+from khala_mlx.performance.blas import load
+load()
 from khala_mlx.model.superres import SuperRes
 refine, calls = SuperRes.refine, []
 def mortal(self, *rest, **named):

@@ -84,10 +84,13 @@ def test_instrumentals_have_nothing_to_sing(tiny: Khala) -> None:
         ({"lyrics": "# Title\nla"}, "looks like markdown"),
         ({"lyrics": "Chorus:\nla"}, "'Chorus:' section marks are written [Chorus]"),
         ({"lyrics": "(Verse 2)\nla"}, "'(Verse 2)' section marks"),
-        ({"lyrics": "la\ufffdla"}, "U+FFFD � stands for a character"),
-        ({"lyrics": "la\u200dla"}, "U+200D is invisible"),
-        ({"tags": "p\u200bop"}, "tags: U+200B is invisible"),
-        ({"lyrics": "la 🎵🎵"}, "U+1F3B5 🎵 takes 4 tokens, so the model hardly knows it, 2 times"),
+        ({"lyrics": "la\ufffdla"}, "U+FFFD � (1 times) stands for a character"),
+        ({"lyrics": "la\u200dla"}, "U+200D (1 times) is invisible"),
+        ({"tags": "p\u200bop"}, "tags: U+200B (1 times) is invisible"),
+        (
+            {"lyrics": "la 🎵🎵"},
+            "U+1F3B5 🎵 (2 times) takes 3 tokens or more, so the model hardly knows it",
+        ),
     ],
 )
 def test_doubts(tiny: Khala, asked: dict[str, Any], sentence: str) -> None:

@@ -145,7 +145,7 @@ def _made(
 def _song(
     khala: Khala, entry: Entry, path: Path, model: ModelArgs, file: FileArgs, progress: _Progress
 ) -> dict[str, Any]:
-    from khala_mlx.cli.session import Output, finish, write_song
+    from khala_mlx.cli.session import Output, claim, finish, write_song
     from khala_mlx.pipeline.begin import prepared
     from khala_mlx.song.song import take_path
     from khala_mlx.song.take import Take
@@ -168,6 +168,7 @@ def _song(
     else:
         output.check()
         take = khala.begin(request)
+        claim(take, output)
     song = finish(khala, take, output, progress=progress)
     write_song(song, output)
     return {"state": "made", "seconds": round(song.duration, 2), "seed": take.request.seed}

@@ -267,11 +267,12 @@ def generate(
         _check_resume()
         source = Take.load(resume)
         file = file.with_recorded(source.options)
-        output = output or song_path(resume, source.suffix)
+        path = output or song_path(resume, source.suffix)
     else:
-        output = output or free_name(candidates=candidates or 0)
-    own = resume is not None and take_path(output).absolute() == resume.absolute()
-    target = Output(output, file, model, play, as_json, resumed=own)
+        path = output or free_name(candidates=candidates or 0)
+    own = resume is not None and take_path(path).absolute() == resume.absolute()
+    named = output is not None
+    target = Output(path, file, model, play, as_json, resumed=own, named=named)
     if not resume:
         target.check()
         draft = _check_candidates(target, candidates, best, draft)

@@ -63,7 +63,9 @@ def refine(
 
     take = Take.load(path)
     file = file.with_recorded(take.options)
-    target = Output(output or free_name(take.suffix), file, model, play, as_json)
+    named = output is not None
+    output = output or free_name(take.suffix)
+    target = Output(output, file, model, play, as_json, named=named)
     target.check()
     take.check_composed(path)
     khala = open_model(model, take)
