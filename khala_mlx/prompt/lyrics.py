@@ -86,17 +86,22 @@ def decode_text(data: bytes, name: str) -> str:
     for mark, encoding in _MARKS:
         if data.startswith(mark):
             try:
-                return data[len(mark) :].decode(encoding)
+                return _one_line_end(data[len(mark) :].decode(encoding))
             except UnicodeDecodeError as error:
                 raise KhalaError(f"{name} is damaged: it is not whole {encoding}.") from error
     try:
-        return data.decode("utf-8")
+        return _one_line_end(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise KhalaError(
             f"{name} is not valid UTF-8: byte 0x{data[error.start]:02X} in line {line}. Save it as "
             "UTF-8, or convert it, for example with `iconv -f WINDOWS-1252 -t UTF-8`."
         ) from error
+
+
+def _one_line_end(text: str) -> str:
+    """Return text with \\n for the line ends of all systems, as reading a text file gives it."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def has_voice(lyrics: str, *, instrumental: bool = False) -> bool:

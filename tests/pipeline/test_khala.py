@@ -115,7 +115,7 @@ def test_a_packed_cache_is_asked_for_recorded_and_planned(tmp_path: Path) -> Non
     asked = {"tags": "pop", "seconds": 1.0, "min_seconds": 1.0, "seed": 5}
     song = khala.generate(**asked, kv_bits=8)
     most = song.codes.shape[1]
-    ids = khala.prompt_ids(tags="pop")[0]
+    ids = khala.prompt_ids(tags="pop", instrumental=True)[0]
     coarse = khala.compose(ids, max_frames=most, min_frames=most, seed=5, kv_bits=8)
     assert np.array_equal(song.codes[:2], coarse)
     request = Request.from_record(song.metadata, "here")

@@ -468,7 +468,9 @@ def _read_lyrics(file: BinaryIO) -> Lyrics:
     from khala_mlx.errors import KhalaWarning
     from khala_mlx.prompt.lyrics import decode_text, parse_lyrics
 
-    lyrics = parse_lyrics(decode_text(file.read(), file.name), file.name)
+    # Not every standard input has a name.
+    name = getattr(file, "name", "stdin")
+    lyrics = parse_lyrics(decode_text(file.read(), name), name)
     if lyrics.note:
         warnings.warn(lyrics.note, KhalaWarning, stacklevel=2)
     return lyrics
