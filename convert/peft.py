@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from khala_mlx.config import LINEARS
+from khala_mlx.config import LINEARS, read_object
 from khala_mlx.convert.formats.safetensors import Entry, Output
 from khala_mlx.convert.formats.safetensors import write as write_tensors
 from khala_mlx.convert.formats.tensors import Tensor, require_float, to_float32
-from khala_mlx.errors import AdapterError
-from khala_mlx.storage.adapter import Adapter, Pair, module_key, read_config
+from khala_mlx.errors import KhalaError
+from khala_mlx.storage.adapter import Adapter, Pair, module_key
 from khala_mlx.text import listed, shown
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -49,15 +49,15 @@ def parse(name: str, tensors: Mapping[str, Tensor], folder: Path) -> Adapter:
     """The adapter of these tensors and of adapter_config.json in `folder`.
 
     Raises:
-        AdapterError: naming every tensor and setting that is not LoRA or DoRA on linear layers.
+        KhalaError: naming every tensor and setting that is not LoRA or DoRA on linear layers.
     """
-    about = read_config(folder / CONFIG)
+    about = read_object(folder / CONFIG)
     if odd := [key for key, plain in _PLAIN.items() if about.get(key) not in plain]:
-        raise AdapterError(
+        raise KhalaError(
             f"The adapter {shown(name)} does more than LoRA and DoRA: {CONFIG} sets {listed(odd)}."
         )
     if not is_positive(about.get("r")) or not is_positive(about.get("lora_alpha")):
-        raise AdapterError(f"{CONFIG} of {shown(name)} gives no sensible r and lora_alpha.")
+        raise KhalaError(f"{CONFIG} of {shown(name)} gives no sensible r and lora_alpha.")
     layers = _by_layer(name, tensors, dora=bool(about.get("use_dora")))
     scale = _scale(about, "", about["r"])
     pairs = {}
@@ -91,7 +91,7 @@ def pair(a: Tensor, b: Tensor) -> Pair:
     """A pair from torch's matrices A [r, in] and B [out, r]."""
     for tensor in (a, b):
         if len(tensor.shape) != 2:
-            raise AdapterError(f"{shown(tensor.name)} is not a matrix.")
+            raise KhalaError(f"{shown(tensor.name)} is not a matrix.")
     return Pair(np.ascontiguousarray(values(a).T), np.ascontiguousarray(values(b).T))
 
 
@@ -121,7 +121,7 @@ def _by_layer(
     wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if dora else set())
     odd += [path for path, parts in layers.items() if not wanted <= set(parts)]
     if odd:
-        raise AdapterError(
+        raise KhalaError(
             f"The adapter {shown(name)} holds tensors that belong to no linear layer of the "
             f"backbone, or whose partner is missing: {listed(sorted(odd))}."
         )
@@ -135,7 +135,7 @@ def _scale(about: Mapping[str, Any], path: str, rank: int) -> float:
     for key, value in pattern.items() if isinstance(pattern, dict) and path else ():
         # PEFT takes expressions too; names are all that its users and `write` need.
         if not re.fullmatch(r"[\w.]+", str(key)) or not is_positive(value):
-            raise AdapterError(f"alpha_pattern holds {shown(key)}, which is not a name of a layer.")
+            raise KhalaError(f"alpha_pattern holds {shown(key)}, which is not a name of a layer.")
         if path == key or path.endswith(f".{key}"):
             alpha = value
     return float(alpha / (math.sqrt(rank) if about.get("use_rslora") else rank))
