@@ -27,6 +27,11 @@ from khala_mlx.text import listed, shown
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 CONFIG = "adapter_config.json"
 
+# What PEFT takes where a setting is missing.
+_DEFAULTS = {"r": 8, "lora_alpha": 8}
+# Longer or more repetitive expressions than anyone writes could match for ever.
+_LONGEST_KEY, _MOST_REPEATS = 200, 6
+
 _PREFIX = "base_model.model.model."
 _NAME = re.compile(
     r"(?:base_model\.model\.)?(?:model\.)?(layers\.\d{1,6}\.)(?:self_attn|attn|mlp)\.(\w+)\."
@@ -56,15 +61,18 @@ def parse(name: str, tensors: Mapping[str, Tensor], folder: Path) -> Adapter:
         raise KhalaError(
             f"The adapter {shown(name)} does more than LoRA and DoRA: {CONFIG} sets {listed(odd)}."
         )
-    if not is_positive(about.get("r")) or not is_positive(about.get("lora_alpha")):
+    about = {**_DEFAULTS, **about}
+    if not is_positive(about["r"]) or not is_positive(about["lora_alpha"]):
         raise KhalaError(f"{CONFIG} of {shown(name)} gives no sensible r and lora_alpha.")
-    layers = _by_layer(name, tensors, dora=bool(about.get("use_dora")))
-    scale = _scale(about, "", about["r"])
+    layers, modules = _by_layer(name, tensors, dora=bool(about.get("use_dora")))
+    alphas = _checked_pattern(about.get("alpha_pattern"))
+    scale = _scale(about, about["lora_alpha"], about["r"])
     pairs = {}
     for path, parts in layers.items():
         found = pair(parts["lora_A"], parts["lora_B"])
         # One scale for all; what a layer has on top of it goes into its matrix.
-        own = _scale(about, path, found.a.shape[1]) / scale
+        alpha = _pattern_value(alphas, modules[path], about["lora_alpha"])
+        own = _scale(about, alpha, found.a.shape[1]) / scale
         m = values(parts["lora_magnitude_vector"]) if "lora_magnitude_vector" in parts else None
         pairs[path] = Pair(found.a, found.b if own == 1 else found.b * np.float32(own), m)
     return Adapter(name, scale, pairs)
@@ -109,15 +117,19 @@ def is_positive(value: Any) -> bool:
 
 def _by_layer(
     name: str, tensors: Mapping[str, Tensor], *, dora: bool
-) -> dict[str, dict[str, Tensor]]:
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """Return the tensors of each layer, and the name of its module in the base model."""
     layers: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, str] = {}
     odd = []
     for key, tensor in tensors.items():
         match = _NAME.fullmatch(key)
         if match is None or match[2] not in LINEARS:
             odd.append(key)
         else:
-            layers.setdefault(match[1] + module_key(match[2]), {})[match[3]] = tensor
+            path = match[1] + module_key(match[2])
+            layers.setdefault(path, {})[match[3]] = tensor
+            modules[path] = key[: match.start(3) - 1].removeprefix("base_model.model.")
     wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if dora else set())
     odd += [path for path, parts in layers.items() if not wanted <= set(parts)]
     if odd:
@@ -125,20 +137,39 @@ def _by_layer(
             f"The adapter {shown(name)} holds tensors that belong to no linear layer of the "
             f"backbone, or whose partner is missing: {listed(sorted(odd))}."
         )
-    return layers
+    return layers, modules
 
 
-def _scale(about: Mapping[str, Any], path: str, rank: int) -> float:
-    """lora_alpha / r of a layer; alpha_pattern may give some layers another alpha."""
-    alpha = about["lora_alpha"]
-    pattern = about.get("alpha_pattern")
-    for key, value in pattern.items() if isinstance(pattern, dict) and path else ():
-        # PEFT takes expressions too; names are all that its users and `write` need.
-        if not re.fullmatch(r"[\w.]+", str(key)) or not is_positive(value):
-            raise KhalaError(f"alpha_pattern holds {shown(key)}, which is not a name of a layer.")
-        if path == key or path.endswith(f".{key}"):
-            alpha = value
+def _scale(about: Mapping[str, Any], alpha: float, rank: int) -> float:
+    """Return alpha / r of a layer, or alpha / sqrt(r) for rank-stabilised LoRA."""
     return float(alpha / (math.sqrt(rank) if about.get("use_rslora") else rank))
+
+
+def _checked_pattern(pattern: Any) -> dict[str, float]:
+    """Return alpha_pattern if its keys are names or plain expressions, and its values numbers."""
+    found = pattern if isinstance(pattern, dict) else {}
+    for key, value in found.items():
+        repeats = len(re.findall(r"[*+{]", str(key)))
+        quantified_group = re.search(r"\)[*+{]", str(key))
+        try:
+            re.compile(key)
+            fine = len(key) <= _LONGEST_KEY and repeats <= _MOST_REPEATS and not quantified_group
+        except (re.error, TypeError, RecursionError):
+            fine = False
+        if not fine or not is_positive(value):
+            raise KhalaError(
+                f"alpha_pattern has the key {shown(key)}, which is not a name of a layer nor a "
+                "plain expression, or its value is not a number above 0."
+            )
+    return found
+
+
+def _pattern_value(pattern: Mapping[str, float], module: str, default: float) -> float:
+    """Return the value of the first key that matches the end of a module's name, as in PEFT."""
+    for key, value in pattern.items():
+        if re.match(rf"(?:.*\.)?(?:{key})$", module):
+            return value
+    return default
 
 
 def _config(adapter: Adapter) -> dict[str, Any]:

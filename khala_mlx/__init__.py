@@ -34,5 +34,9 @@ def __getattr__(name: str) -> Any:
 
         return version("khala-mlx")
     if name in _LAZY:
+        from khala_mlx.performance.blas import load
+
+        # Before the first import of mlx.
+        load()
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

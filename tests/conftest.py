@@ -1,6 +1,5 @@
 """Shared fixtures; also loads a fast BLAS, where there is one, before the first MLX import."""
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -9,37 +8,21 @@ import tarfile
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from khala_mlx.errors import KhalaWarning
+from khala_mlx.performance.blas import load as load_blas
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-def _preload_fast_blas() -> None:
-    # MLX's Linux wheel brings a reference BLAS, 50 times slower than the one torch brings.
-    # Symbols loaded globally first win, so this must precede the first import of mlx.
-    if sys.platform != "linux" or os.environ.get("KHALA_STOCK_BLAS"):
-        return
-    spec = find_spec("torch")
-    candidates = []
-    if spec is not None and spec.origin is not None:
-        candidates.append(str(Path(spec.origin).parent / "lib" / "libtorch_cpu.so"))
-    candidates.append("libopenblas.so.0")
-    for library in candidates:
-        with suppress(OSError):
-            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
-            return
-
-
-_preload_fast_blas()
+# KHALA_BLAS=off runs the tests with MLX's own BLAS, which is several times slower.
+load_blas()
 
 # A shell's background job, nohup and some CI systems ignore SIGINT, and children would inherit
 # that. They get the default action back once this process handles the signal.

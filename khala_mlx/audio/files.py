@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import mimetypes
 import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import numpy.typing as npt
 from khala_mlx.audio import tags as tagging
 from khala_mlx.errors import AudioError, KhalaWarning
 from khala_mlx.storage.atomic import appears_whole, check_destination
-from khala_mlx.text import is_text
+from khala_mlx.text import clock_time, is_text
 
 # What a song is scaled down to when it would clip: the usual ceiling before lossy encoders.
 CEILING_DBFS = -1.0
@@ -37,12 +39,45 @@ _SUBTYPES: Mapping[str, Mapping[str, str]] = {
     ".mp3": {"16": "MPEG_LAYER_III"},
 }
 SUFFIXES = tuple(_SUBTYPES)
+# Mixing 5.1 and 7.1 down to left and right, without LFE: ITU-R BS.775-4, table 2.
+_HALF = 0.5**0.5
+_DOWNMIX = {
+    6: [(1, 0), (0, 1), (_HALF, _HALF), (0, 0), (_HALF, 0), (0, _HALF)],
+    8: [(1, 0), (0, 1), (_HALF, _HALF), (0, 0), (_HALF, 0), (0, _HALF), (_HALF, 0), (0, _HALF)],
+}
+_MOST_FOLDED = 8
+# Never sound, whatever they begin with.
+_TEXTS = (".txt", ".lrc", ".json", ".jsonl", ".csv", ".tsv", ".md")
 # libsndfile's Vorbis encoder overflows its stack on huge single writes.
 _BLOCK = 65536
 # Samples by which a lossy file may differ in length; they are exact in practice.
 _CODEC_DELAY = 4096
+_quiet_lock = threading.RLock()
 # What libsndfile says of a stream whose header does not tell its length.
 _UNKNOWN_LENGTH = 2**63 - 1
+
+
+def is_sound(path: Path) -> bool:
+    """Return whether a file is sound: libsndfile reads its format, or its name says so.
+
+    A damaged file with the name of a sound counts, so that it is reported, not passed over.
+    """
+    import soundfile
+
+    suffix = path.suffix.lower()
+    kind, _ = mimetypes.guess_type(path.name)
+    if suffix in CONVERTED or (kind or "").startswith("audio/"):
+        return True
+    # Headerless sound, and formats of numbers that libsndfile can read as sound.
+    named = suffix[1:].upper() in soundfile.available_formats().keys() - {"RAW", "MAT4", "MAT5"}
+    if named or suffix in _TEXTS:
+        return named
+    try:
+        with quiet_decoder():
+            soundfile.info(os.fsencode(path))
+    except (soundfile.SoundFileError, OSError, RuntimeError):
+        return False
+    return True
 
 
 def check_output(path: Path, bit_depth: str = "16") -> None:
@@ -173,8 +208,7 @@ def read_sound(path: Path) -> tuple[np.ndarray, int]:
         rate = int(file.samplerate)
     if len(waveform) == 0:
         raise AudioError(f"{path} holds no samples.")
-    if not np.isfinite(waveform).all():
-        raise AudioError(f"{path} contains NaN or infinite samples.")
+    _check_finite(path, waveform, rate)
     return waveform, rate
 
 
@@ -201,9 +235,40 @@ def read_audio(
             waveform = _resampled(whole, file.samplerate, sample_rate)[start:stop]
     if len(waveform) == 0:
         raise AudioError(f"{path} holds no samples.")
-    waveform = np.repeat(waveform, channels // waveform.shape[1], axis=1)
-    check_waveform(waveform)
-    return waveform
+    _check_finite(path, waveform, sample_rate, start)
+    if waveform.shape[1] > channels:
+        how = "by ITU-R BS.775" if waveform.shape[1] in _DOWNMIX else "to their mean"
+        warnings.warn(
+            f"{path} has {waveform.shape[1]} channels; they are mixed down {how}.",
+            KhalaWarning,
+            stacklevel=2,
+        )
+        waveform = downmix(waveform, channels)
+    return np.repeat(waveform, channels // waveform.shape[1], axis=1)
+
+
+def downmix(waveform: np.ndarray, channels: int) -> np.ndarray:
+    """Mix samples [L, C] of 3 to 8 channels down to [L, channels], channels 1 or 2.
+
+    5.1 and 7.1 in the order of wav files (front left and right, centre, LFE, then left and right
+    of the others) are mixed to stereo by ITU-R BS.775; all else to the mean of its channels.
+    """
+    matrix = _DOWNMIX.get(waveform.shape[1])
+    if matrix is None or channels != 2:
+        mean = waveform.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+        return np.repeat(mean, channels, axis=1)
+    return (waveform @ np.array(matrix, dtype=np.float32)).astype(np.float32)
+
+
+def _check_finite(path: Path, waveform: np.ndarray, rate: float, start: int = 0) -> None:
+    """Raise AudioError naming the first time at which samples are NaN or infinite."""
+    wrong = ~np.isfinite(waveform).all(axis=1)
+    if wrong.any():
+        seconds = (start + int(np.argmax(wrong))) / rate
+        raise AudioError(
+            f"{path} has NaN or infinite samples, the first at {clock_time(seconds)} "
+            f"({seconds:.3f} s). Export it again from its source."
+        )
 
 
 def sound_length(path: Path, sample_rate: int) -> int:
@@ -263,7 +328,11 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         path.stat()
         # As bytes, since names on Linux need not be valid text.
-        with readable(path) as source, soundfile.SoundFile(os.fsencode(source)) as file:
+        with (
+            readable(path) as source,
+            quiet_decoder() if path.suffix.lower() == ".mp3" else nullcontext(),
+            soundfile.SoundFile(os.fsencode(source)) as file,
+        ):
             yield file
     except soundfile.SoundFileError as error:
         # Of damaged mp3 files libsndfile says nothing, or that they do not exist.
@@ -273,6 +342,26 @@ def _opened(path: Path) -> Iterator[Any]:
         raise AudioError(f"{path} cannot be read as sound: {reason}.") from error
     except OSError as error:
         raise AudioError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+@contextmanager
+def quiet_decoder() -> Iterator[None]:
+    """Keep libmpg123 from writing to standard error about damaged mp3 files: we report them."""
+    with _quiet_lock:
+        try:
+            before = os.dup(2)
+        except OSError:
+            # There is no standard error.
+            yield
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, 2)
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            os.close(nowhere)
 
 
 def _resampled(waveform: np.ndarray, rate: int, wanted: int) -> np.ndarray:
@@ -285,10 +374,13 @@ def _resampled(waveform: np.ndarray, rate: int, wanted: int) -> np.ndarray:
 
 def _check_format(path: Path, file: Any, sample_rate: int, channels: int) -> None:
     _check_length_known(path, file.frames)
-    if file.channels not in (1, channels):
-        raise AudioError(f"{path} has {file.channels} channels, the model takes 1 or {channels}.")
+    if file.channels not in (1, channels) and (file.channels > _MOST_FOLDED or channels > 2):
+        raise AudioError(
+            f"{path} has {file.channels} channels, and the model takes {channels}. Mix it down to "
+            "stereo first."
+        )
     longest = max(file.frames, round(file.frames * sample_rate / file.samplerate))
-    if longest * channels * 4 > _memory() // 2:
+    if longest * max(channels, file.channels) * 4 > _memory() // 2:
         minutes = file.frames / file.samplerate / 60
         raise AudioError(f"{path} lasts {minutes:.0f} minutes, too long for this memory.")
 

@@ -23,6 +23,7 @@ import click
 
 from khala_mlx.cli import keyboard as keys
 from khala_mlx.errors import KhalaError, KhalaWarning
+from khala_mlx.performance.blas import load as load_blas
 from khala_mlx.storage.atomic import discard_unfinished
 from khala_mlx.text import clock_time, shown
 
@@ -89,6 +90,8 @@ def command(work: Callable[P, R]) -> Callable[P, R]:
 
         def target() -> None:
             try:
+                # Before the first import of mlx.
+                load_blas()
                 with context.scope(cleanup=False):
                     outcome.append(work(*args, **kwargs))
             except BaseException as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -16,8 +16,10 @@ from khala_mlx.model.cache import check_kv_bits
 from khala_mlx.model.sampling import Detail, Sampling, stage_key
 from khala_mlx.pipeline.parts import Parts
 from khala_mlx.prompt.duration import budget_behind, frame_budget
+from khala_mlx.prompt.lyrics import has_voice, parse_lyrics
 from khala_mlx.prompt.prompt import prompt_ids
 from khala_mlx.prompt.request import Request
+from khala_mlx.prompt.scope import Scope
 from khala_mlx.song.record import RECORD_VERSION
 from khala_mlx.song.take import Take, check_same_song, no_codes
 
@@ -30,6 +32,39 @@ def sampling_of(request: Request) -> Sampling:
 def detail_of(request: Request) -> Detail:
     """Return how superres chooses codes: the request's fields of the same names, with refine_."""
     return Detail(**{each.name: getattr(request, f"refine_{each.name}") for each in fields(Detail)})
+
+
+def prepared(request: Request, scope: Scope | None = None) -> tuple[Request, list[str]]:
+    """Return a request without what is not words, and notes on what the user should know.
+
+    Lyrics that are empty or only say [Instrumental] make it an instrumental, as in training.
+    """
+    lyrics, notes = parse_lyrics(request.lyrics), []
+    if lyrics.note:
+        notes.append(lyrics.note)
+    voice = has_voice(lyrics.text, instrumental=request.instrumental)
+    if not voice and not request.instrumental:
+        if not lyrics.text.strip():
+            notes.append(
+                "There are no lyrics, so the song is an instrumental. For a voice give --lyrics or "
+                "--lyrics-file; --instrumental says that none is wanted."
+            )
+        request = replace(request, instrumental=True, lyrics="")
+    else:
+        request = replace(request, lyrics=lyrics.text)
+    if not request.prompt.metadata:
+        notes.append(
+            "There are no tags, description or genre, so the model chooses the style. Say what the "
+            "song is like with --tags."
+        )
+    if scope and (outside := scope.outside(request)):
+        notes.append(
+            f"This model does not know {', '.join(outside)}, and will sing noise there. It knows "
+            f"{scope.summary}.\nReal songs need the released weights: "
+            "`khala models download liujiafeng/Shao-MusicGeneration-v1.0`, see "
+            "docs/install.md."
+        )
+    return request, notes
 
 
 def check_request(config: KhalaConfig, request: Request) -> None:

@@ -27,6 +27,7 @@ from khala_mlx.pipeline.begin import (
     check_request,
     detail_of,
     new_take,
+    prepared,
     sampling_of,
     song_budget,
 )
@@ -201,6 +202,9 @@ class Khala:
     def begin(self, request: Request, prefix: np.ndarray | None = None) -> Take:
         """Return the take of a song that is not composed yet. Loads no model.
 
+        Time stamps, chords and the like are removed from the lyrics; without lyrics the song is an
+        instrumental. A KhalaWarning reports either.
+
         Args:
             prefix: codes [k, T0] of a song to continue, k at least the coarse codebooks. They stay
                 as they are; what follows is composed behind them, and refining sees the whole.
@@ -208,7 +212,7 @@ class Khala:
         Raises:
             KhalaError: if the request cannot be served.
         """
-        return new_take(self.parts, self.source, request, prefix)
+        return new_take(self.parts, self.source, self._prepared(request), prefix)
 
     def resume(self, take: Take, *, same: bool = True) -> Take:
         """Return a take that was read from a file, checked and ready for `finish`. Loads no model.
@@ -512,6 +516,7 @@ class Khala:
         Raises:
             KhalaError: if the request cannot be served; a prompt that is too long is reported.
         """
+        request = self._prepared(request)
         check_request(self.config, request)
         found = preview(self.tokenizer, self.config, request)
         lengths = found["backbone_prompt_tokens"], found["superres_prompt_tokens"]
@@ -556,6 +561,13 @@ class Khala:
         check_whole("draft codebooks", codebooks, least, most)
 
     # Inside
+
+    def _prepared(self, request: Request) -> Request:
+        """Return the request as it is made, with a KhalaWarning for each note on it."""
+        request, notes = prepared(request, self.parts.scope)
+        for note in notes:
+            warnings.warn(note, KhalaWarning, stacklevel=3)
+        return request
 
     def _plan_of(self, takes: Sequence[Take], *, judged: bool = False) -> Plan:
         """Return how these takes are made to fit, or raise KhalaError."""

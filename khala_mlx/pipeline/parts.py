@@ -22,6 +22,7 @@ from khala_mlx.model.codec import Codec
 from khala_mlx.model.lora import Adapters
 from khala_mlx.model.superres import SuperRes
 from khala_mlx.pipeline.plan import Plan, limits
+from khala_mlx.prompt.scope import Scope
 from khala_mlx.prompt.tokenizer import Tokenizer
 from khala_mlx.storage.adapter import Adapter
 from khala_mlx.storage.readahead import ReadAhead
@@ -130,6 +131,11 @@ class Parts:
             self.release(part)
         # The next stage's arrays have other sizes: kept buffers would only add to them.
         mx.clear_cache()
+
+    @functools.cached_property
+    def scope(self) -> Scope | None:
+        """What the model knows, if its folder states it."""
+        return Scope.load(self.folder)
 
     @property
     def identity(self) -> str:

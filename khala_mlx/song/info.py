@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from khala_mlx.audio import tags
-from khala_mlx.audio.files import load_codes, read_sound
+from khala_mlx.audio.files import load_codes, quiet_decoder, read_sound
 from khala_mlx.audio.loudness import MOST_CHANNELS, levels
 from khala_mlx.audio.plot import check_picture, draw
 from khala_mlx.config import KhalaConfig
 from khala_mlx.errors import AudioError, KhalaError
 from khala_mlx.model.weights import PARTS, part_files
 from khala_mlx.prompt.request import Request
+from khala_mlx.prompt.scope import Scope
 from khala_mlx.song.record import Record, sidecar_path
 from khala_mlx.song.song import take_path
 from khala_mlx.song.take import Take
@@ -82,6 +83,8 @@ def _model(folder: Path) -> dict[str, Any]:
         )
         size = sum(path.stat().st_size for path in files)
         report[part] = f"{numbers / 1e6:.1f} M stored numbers, {size / 2**20:.1f} MiB"
+    if scope := Scope.load(folder):
+        report["knows"] = scope.summary
     layout, codec = config.tokens, config.codec
     report["codes"] = f"{layout.num_codebooks} layers of {layout.codebook_size}"
     report["sound"] = (
@@ -97,7 +100,8 @@ def _sound(path: Path) -> dict[str, Any]:
     import soundfile
 
     try:
-        found = soundfile.info(os.fsencode(path))
+        with quiet_decoder():
+            found = soundfile.info(os.fsencode(path))
     except (soundfile.SoundFileError, OSError) as error:
         raise AudioError(
             f"{path} is not a sound file, codes file, take or model folder."

@@ -117,12 +117,12 @@ def test_a_stream_without_a_length_is_refused(tmp_path: Path) -> None:
 
 
 def test_wrong_sound_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    soundfile.write(tmp_path / "three.wav", np.zeros((9, 3)), 44100)
+    soundfile.write(tmp_path / "three.wav", np.zeros((9, 9)), 44100)
     soundfile.write(tmp_path / "empty.wav", np.zeros((0, 2)), 44100)
     soundfile.write(tmp_path / "nan.wav", np.full((9, 2), np.nan), 44100, subtype="FLOAT")
     (tmp_path / "text.wav").write_text("no sound")
     for name, sentence in [
-        ("three.wav", "3 channels"),
+        ("three.wav", "9 channels"),
         ("empty.wav", "no samples"),
         ("nan.wav", "NaN or infinite"),
         ("text.wav", "cannot be read as sound"),

@@ -117,7 +117,7 @@ def test_layers_with_ranks_and_alphas_of_their_own(tmp_path: Path) -> None:
         change = again.scale * again.pairs[each].a @ again.pairs[each].b
         assert np.allclose(change, uneven.scale * pair.a @ pair.b, atol=1e-5)
 
-    pattern = {"up_proj": 12, path: 24}
+    pattern = {path: 24, "up_proj": 12}
     changed = read_adapter(write_peft(tmp_path / "pattern", adapter, alpha_pattern=pattern))
     assert np.allclose(changed.pairs[path].b, 4 * adapter.pairs[path].b)
     other = "layers.0.mlp.up_proj"

@@ -64,7 +64,7 @@ def test_bytes_are_those_of_the_weights_as_they_are_held(
         for module in (envelope, weights):
             monkeypatch.setattr(module, "CPU_DEQUANTIZED_BYTES", 0)
     khala = Khala.from_pretrained(packed)
-    told = measured(khala, {"cached": 20, "rows": 20, "turns": 1}, 1)["compose"]
+    told = measured(khala.parts, "x", {"cached": 20, "rows": 20, "turns": 1}, 1)["compose"]
     # The biases of quantized layers are added apart from their products, and not counted as read.
     assert (0.9 if kept_packed else 0.98) < told["bytes_ratio"] < 1.02
     whole = counts.compose_bytes(tiny, 20, 4)

@@ -313,7 +313,7 @@ def test_a_run_is_not_overwritten_or_resumed_with_other_settings(
     with pytest.raises(KhalaError, match="no checkpoint"):
         train_backbone(backbone_settings(), data, tmp_path, resume=True)
     (tmp_path / "checkpoint.safetensors").write_text("damaged")
-    with pytest.raises(KhalaError, match="no whole checkpoint"):
+    with pytest.raises(KhalaError, match="not a complete checkpoint"):
         train_backbone(backbone_settings(), data, tmp_path, resume=True)
 
 

@@ -146,11 +146,12 @@ def _song(
     khala: Khala, entry: Entry, path: Path, model: ModelArgs, file: FileArgs, progress: _Progress
 ) -> dict[str, Any]:
     from khala_mlx.cli.session import Output, finish, write_song
+    from khala_mlx.pipeline.begin import prepared
     from khala_mlx.song.song import take_path
     from khala_mlx.song.take import Take
     from khala_mlx.storage.atomic import is_there
 
-    request = entry.request(secrets.randbelow(2**32))
+    request, _ = prepared(entry.request(secrets.randbelow(2**32)))
     begun, names = is_there(take_path(path)), entry.names
     output = Output(
         path,

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -30,6 +30,7 @@ from khala_mlx.cli.terminal import Progress, command, report
 if TYPE_CHECKING:
     from khala_mlx.cli.session import Output
     from khala_mlx.pipeline.khala import Khala
+    from khala_mlx.prompt.lyrics import Lyrics
     from khala_mlx.prompt.request import Request
     from khala_mlx.song.continuation import Continuation, Prefix
     from khala_mlx.song.record import Record
@@ -170,7 +171,7 @@ request_options = group(
 @request_options
 @click.option(
     "--lyrics-file",
-    type=click.File(encoding="utf-8-sig"),
+    type=click.File("rb"),
     help="Read the lyrics from a file, - for stdin.",
 )
 @click.option("--like", type=FILE, help="Take what is not given here from a song or its song.json.")
@@ -227,7 +228,7 @@ request_options = group(
 @command
 def generate(
     request: Request,
-    lyrics_file: TextIO | None,
+    lyrics_file: BinaryIO | None,
     like: Path | None,
     continued: Path | None,
     until: float | None,
@@ -253,6 +254,14 @@ def generate(
 
     if until is not None and not continued:
         raise click.UsageError("--from needs --continue: it says how much of that song to keep.")
+    chosen = {field.name for field in fields(Request) if given(field.name)}
+    if lyrics_file is not None:
+        if request.lyrics:
+            raise click.UsageError("Give either --lyrics or --lyrics-file, not both.")
+        lyrics = _read_lyrics(lyrics_file)
+        request = replace(request, lyrics=lyrics.text)
+        file = replace(file, title=file.title or lyrics.title, artist=file.artist or lyrics.artist)
+        chosen.add("lyrics")
     source: Take | Continuation | None = None
     if resume:
         _check_resume()
@@ -266,12 +275,6 @@ def generate(
     if not resume:
         target.check()
         draft = _check_candidates(target, candidates, best, draft)
-    chosen = {field.name for field in fields(Request) if given(field.name)}
-    if lyrics_file is not None:
-        if request.lyrics:
-            raise click.UsageError("Give either --lyrics or --lyrics-file, not both.")
-        request = replace(request, lyrics=_read_lyrics(lyrics_file))
-        chosen.add("lyrics")
     args = GenerateArgs(
         request,
         frozenset(chosen),
@@ -460,12 +463,11 @@ def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB"
 
 
-def _read_lyrics(file: TextIO) -> str:
-    from khala_mlx.errors import KhalaError
+def _read_lyrics(file: BinaryIO) -> Lyrics:
+    from khala_mlx.errors import KhalaWarning
+    from khala_mlx.prompt.lyrics import decode_text, parse_lyrics
 
-    try:
-        return file.read()
-    except UnicodeDecodeError as error:
-        raise KhalaError(
-            f"{file.name} is not valid UTF-8. Save it as UTF-8 and try again."
-        ) from error
+    lyrics = parse_lyrics(decode_text(file.read(), file.name), file.name)
+    if lyrics.note:
+        warnings.warn(lyrics.note, KhalaWarning, stacklevel=2)
+    return lyrics

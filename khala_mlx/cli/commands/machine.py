@@ -188,7 +188,7 @@ def _device(fixes: list[str]) -> dict[str, Any]:
 
     from khala_mlx.performance.machine import this_machine
 
-    device = str(mx.default_device())
+    device, blas = str(mx.default_device()), _blas(fixes)
     if sys.platform == "darwin" and not mx.metal.is_available():
         fixes.append(
             "MLX has no Metal here: use an arm64 Python 3.11 or newer on macOS 14 or newer "
@@ -202,12 +202,26 @@ def _device(fixes: list[str]) -> dict[str, Any]:
     return {
         "chip": machine.name,
         "device": device,
+        **blas,
         "memory_for_mlx": f"{machine.memory / 1e9:.1f} GB",
         "released_weights_fit_in": ", ".join(fitting) or "none",
         "released_weights_need": ", ".join(
             f"{plan.peak / 1e9:.1f} GB in {name}" for name, plan in plans.items()
         ),
     }
+
+
+def _blas(fixes: list[str]) -> dict[str, str]:
+    """Return the BLAS that multiplies on a Linux CPU."""
+    from khala_mlx.performance.blas import INSTALL, SWITCH, load
+
+    if sys.platform != "linux":
+        return {}
+    if name := load():
+        return {"blas": name}
+    if os.environ.get(SWITCH, "").lower() != "off":
+        fixes.append(f"MLX multiplies with its slow reference BLAS; a fast one: {INSTALL}")
+    return {"blas": "MLX's own, slow"}
 
 
 def _plans(machine: Machine) -> dict[str, Plan]:

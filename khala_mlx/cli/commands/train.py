@@ -83,9 +83,7 @@ def superres(**options: Any) -> None:
 @click.option(
     "--valid-share",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.1,
-    show_default=True,
-    help="Share of the artists, or songs, to hold out.",
+    help="Share of the songs to hold out.  [default: 0.1, none of fewer than 5 songs]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what is held out.")
 @click.option(

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from khala_mlx.audio.files import load_codes, read_audio, sound_length
+from khala_mlx.audio.files import CONVERTED, is_sound, load_codes, read_audio, sound_length
 from khala_mlx.errors import KhalaError
 
 SPLITS = ("train", "valid")
-SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Sounds:
 
         Those at another rate are resampled whenever they are drawn, as a whole.
         """
-        files = sound_files(folder)
+        files = [path for path in sound_files(folder) if path.suffix.lower() not in CONVERTED]
         lengths = {path: sound_length(path, sample_rate) for path in files}
         return cls(lengths, sample_rate, channels)
 
@@ -62,16 +61,16 @@ class CodedSong:
     about: dict[str, Any]
 
 
-def sound_files(folder: Path, suffixes: Sequence[str] = SOUNDS) -> list[Path]:
-    """All sound files below `folder`, sorted; hidden ones (a Mac's `._song.wav`) are left out.
+def sound_files(folder: Path) -> list[Path]:
+    """Return all sound files below `folder`, sorted, but hidden ones (a Mac's `._song.wav`).
 
     Raises:
         KhalaError: if there are none.
     """
-    files = [path for path in folder.rglob("*") if path.suffix.lower() in suffixes]
-    files = sorted(path for path in files if not _hidden(path, folder) and _is_file(path))
+    files = [path for path in folder.rglob("*") if not _hidden(path, folder) and _is_file(path)]
+    files = sorted(path for path in files if is_sound(path))
     if not files:
-        raise KhalaError(f"{folder} holds no sound files ({', '.join(suffixes)}).")
+        raise KhalaError(f"{folder} has no sound files. Add wav, flac, mp3 or other sound.")
     return files
 
 

@@ -45,6 +45,8 @@ from khala_mlx.train.data.splits import draw_splits
 
 Progress = Callable[[str, int, int], None]
 STAGES = ("the backbone", "superres")
+# Share of the songs that is held out by default, and how few songs are not split then.
+DEFAULT_SHARE, FEWEST_TO_SPLIT = 0.1, 5
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def prepare(
     folder: Path,
     tools: Tools,
     *,
-    valid_share: float = 0.1,
+    valid_share: float | None = None,
     seed: int = 0,
     max_minutes: float = 10.0,
     on_progress: Progress | None = None,
@@ -162,7 +164,8 @@ def prepare(
     a run that was interrupted, is not encoded again.
 
     Args:
-        valid_share: of the artists, or songs, to hold out, unless `songs` has a folder per split.
+        valid_share: share of the songs to hold out, unless `songs` has a folder per split. By
+            default a tenth, and none of fewer than 5 songs.
         seed: of the draw of these.
         max_minutes: longer files are left out.
         on_progress: called as (stage, done, total), with files in "read", seconds in "encode".
@@ -176,8 +179,8 @@ def prepare(
             cannot be used is not an error: it is in the report.
     """
     check_folder(folder)
-    if not (0 < valid_share < 1 and max_minutes > 0):
-        raise KhalaError("valid_share must lie between 0 and 1, and max_minutes above 0.")
+    if not (0 < (valid_share or DEFAULT_SHARE) < 1 and max_minutes > 0):
+        raise KhalaError("valid_share must be between 0 and 1, and max_minutes above 0.")
     report = on_progress or (lambda stage, done, total: None)
     codec = tools.codec.config
     hearing = Hearing(
@@ -216,8 +219,13 @@ def prepare(
             f"None of the sound files in {songs} can be used, {folder / 'report.json'} says why; "
             f"the first: {skipped[0]['file']}: {skipped[0]['detail']}"
         )
-    if empty := [split for split in SPLITS if not told[split]["songs"]]:
-        text = f"There are no songs for the split {empty[0]}, which training needs: add some."
+    if not told["train"]["songs"]:
+        warnings.warn("No training songs found. Add at least one.", KhalaWarning, stacklevel=2)
+    elif not told["valid"]["songs"]:
+        text = (
+            "No songs are held out, so training cannot tell learning from memorising. Add songs, "
+            "or set --valid-share."
+        )
         warnings.warn(text, KhalaWarning, stacklevel=2)
     return told
 
@@ -233,7 +241,10 @@ def _choose(
     chosen: dict[str, _Chosen] = {}
     for number, each in enumerate(found, 1):
         try:
-            song, said = _look(each, told.get(each.path, Words()), tools, hearing)
+            words = told.get(each.path, Words())
+            if isinstance(words, Unusable):
+                raise words
+            song, said = _look(each, words, tools, hearing)
             if first := chosen.get(song.heard.sound):
                 raise Unusable("duplicate", f"It holds the same sound as {first.found.name}.")
             chosen[song.heard.sound] = song
@@ -326,7 +337,9 @@ def _splits(
     if how["by"] == "folder":
         return [song.found.split or "" for song in chosen]
     songs = [(song.words.artist, song.heard.sound) for song in chosen]
-    return draw_splits(songs, how["valid_share"], how["seed"], before)
+    few = how["valid_share"] is None and len(songs) < FEWEST_TO_SPLIT
+    share = 0.0 if few else how["valid_share"] or DEFAULT_SHARE
+    return draw_splits(songs, share, how["seed"], before)
 
 
 def _splits_before(folder: Path, how: Mapping[str, Any]) -> dict[str, str]:

@@ -6,22 +6,30 @@ why in a word and in a sentence; it costs the one song, never the others.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import math
 import os
+import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from khala_mlx.audio.files import CONVERTED
 from khala_mlx.errors import KhalaError
 from khala_mlx.prompt.cleaning import clean_lyrics
-from khala_mlx.train.data.dataset import SOUNDS, SPLITS, sound_files
+from khala_mlx.prompt.lyrics import decode_text, has_voice, parse_lyrics
+from khala_mlx.train.data.dataset import SPLITS, sound_files
 
 TABLE = "metadata.jsonl"
-# Lyrics that say in words that there are none.
-_NO_LYRICS = ("instrumental", "[instrumental]", "[inst]")
+# What spreadsheets write.
+SHEETS = ("metadata.csv", "metadata.tsv")
+# Names of the field that names the sound; Hugging Face's tables say file_name.
+_FILE_FIELDS = ("file", "file_name", "filename", "audio", "path")
+_SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 class Unusable(KhalaError):
@@ -67,8 +75,8 @@ def find_songs(folder: Path, out: Path) -> list[Found]:
     """
     by_folder = has_splits(folder)
     for searched in [folder / split for split in SPLITS] if by_folder else [folder]:
-        sound_files(searched, (*SOUNDS, *CONVERTED))
-    files = sound_files(folder, (*SOUNDS, *CONVERTED))
+        sound_files(searched)
+    files = sound_files(folder)
     found = []
     for path in files:
         if out.absolute() not in path.absolute().parents:
@@ -92,56 +100,81 @@ def shown(path: Path) -> str:
 
 def read_tables(
     folder: Path, found: Sequence[Found]
-) -> tuple[dict[Path, Words], list[tuple[str, Unusable]]]:
-    """What the metadata.jsonl files of `folder` and its splits tell of the songs found.
+) -> tuple[dict[Path, Words | Unusable], list[tuple[str, Unusable]]]:
+    """Read the tables (metadata.jsonl, .csv, .tsv) of `folder` and of its splits.
 
     Returns:
-        Words by path of the sound, and what is wrong with which line.
+        Words by path of the sound, or why its row cannot be used; and what is wrong with rows that
+        name no sound of the folder.
     """
     # Macs write names decomposed, tables mostly hold them composed.
     paths = {_composed(each.path): each.path for each in found}
-    told: dict[Path, Words] = {}
+    known: dict[Path, Words | Unusable] = {}
     problems = []
     for part in (folder, *(folder / split for split in SPLITS if has_splits(folder))):
-        for number, line in enumerate(_lines(part / TABLE), 1):
-            if not line.strip():
-                continue
-            where = f"{shown((part / TABLE).relative_to(folder))} line {number}"
+        for where, row in _rows(part):
+            label = f"{shown((part / where[0]).relative_to(folder))} line {where[1]}"
+            name = ""
             try:
-                name, words = _row(line)
+                name, words = _row(row, part)
                 path = paths.get(_composed(part / name))
                 if path is None:
                     raise Unusable("missing", f"there is no sound file {name}.")
-                if path in told:
+                if path in known:
                     raise Unusable("table", f"{name} was listed before, which counts.")
-                told[path] = words
+                known[path] = words
             except Unusable as error:
-                problems.append((where, error))
-    return told, problems
+                problems.append((label, error))
+                path = paths.get(_composed(part / (name or _named(row))))
+                if path is not None and path not in known:
+                    # Its words are not known, so it must not be trained as if it had none.
+                    known[path] = Unusable("table", f"Its row in the table is refused: {error}")
+    return known, problems
 
 
-def words_of(sound: Path, told: Words) -> tuple[Words, list[str]]:
-    """The words of a song, those beside it before those of the table, and remarks on them.
+def words_of(sound: Path, known: Words) -> tuple[Words, list[str]]:
+    """Return the words of a song, and remarks on them; files go before the table.
 
-    Without lyrics a song is an instrumental.
+    The caption is song.caption.txt, song_prompt.txt or a song.txt of one line. The lyrics are
+    song.lyrics.txt, song_lyrics.txt, song.lrc, or a song.txt that is not the caption. A song
+    without lyrics is an instrumental, as in generation.
 
     Raises:
         Unusable: if a file with words cannot be read.
     """
-    tags = _text(sound, ".txt", told.tags)
-    tags = _text(sound, ".caption.txt", tags)
-    words, remarks = replace(told, tags=tags, lyrics=_text(sound, ".lyrics.txt", told.lyrics)), []
+    caption = _text(sound, ".caption.txt", "_prompt.txt")
+    lyrics = _text(sound, ".lyrics.txt", "_lyrics.txt", ".lrc")
+    either = _text(sound, ".txt")
+    if either is not None:
+        is_lyrics = len(either.strip().splitlines()) > 1 or caption is not None or known.tags
+        if is_lyrics and lyrics is None and not known.lyrics:
+            lyrics = either
+        elif caption is None and not is_lyrics:
+            caption = either
+    remarks = []
+    words = replace(
+        known,
+        tags=known.tags if caption is None else caption.strip(),
+        lyrics=known.lyrics if lyrics is None else lyrics.strip(),
+    )
     if not words.tags.strip():
         remarks.append("It has no caption, so its prompt has no tags.")
-    lyrics = clean_lyrics(words.lyrics)
-    if words.instrumental and lyrics:
-        remarks.append("Its lyrics are left out, as it is marked as an instrumental.")
-    elif not words.instrumental and lyrics.casefold() in ("", *_NO_LYRICS):
+    try:
+        parsed = parse_lyrics(words.lyrics)
+    except KhalaError as error:
+        raise Unusable("words", str(error)) from error
+    if parsed.note:
+        remarks.append(parsed.note)
+    words = replace(words, lyrics=parsed.text)
+    cleaned = clean_lyrics(words.lyrics)
+    if words.instrumental and cleaned:
+        remarks.append("Its lyrics are left out, because it is marked as an instrumental.")
+    elif not has_voice(cleaned, instrumental=words.instrumental) and not words.instrumental:
         remarks.append("It has no lyrics, so it counts as an instrumental.")
         words = replace(words, instrumental=True)
     if words.instrumental:
         return replace(words, lyrics=""), remarks
-    return words, remarks + _changes(words.lyrics, lyrics)
+    return words, remarks + _changes(words.lyrics, cleaned)
 
 
 def _changes(lyrics: str, cleaned: str) -> list[str]:
@@ -152,42 +185,106 @@ def _changes(lyrics: str, cleaned: str) -> list[str]:
     return [f"The cleaning that generation does changes its lyrics: {' '.join(named)}."]
 
 
-def _text(sound: Path, suffix: str, without: str) -> str:
-    """The text file beside a sound; `without` if there is none."""
-    path = sound.with_suffix(suffix)
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except FileNotFoundError:
-        return without
-    except UnicodeDecodeError as error:
-        raise Unusable(
-            "words", f"{path.name} is not valid UTF-8. Save it as UTF-8 and try again."
-        ) from error
-    except OSError as error:
-        raise Unusable("words", f"{path.name} cannot be read: {error.strerror}.") from error
+def _text(sound: Path, *endings: str) -> str | None:
+    """Return the first text file beside a sound with one of these endings; None without any."""
+    for ending in endings:
+        path = sound.with_name(sound.stem + ending)
+        try:
+            return decode_text(path.read_bytes(), path.name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise Unusable("words", f"{path.name} cannot be read: {error.strerror}.") from error
+        except KhalaError as error:
+            raise Unusable("words", str(error)) from error
+    return None
 
 
-def _lines(table: Path) -> list[bytes]:
+def _rows(folder: Path) -> Iterator[tuple[tuple[str, int], Any]]:
+    """Yield ((table, line), row or Unusable) of the tables of a folder."""
+    table = folder / TABLE
     # Bytes, so that one line in a wrong encoding does not cost the others.
-    return table.read_bytes().splitlines() if table.is_file() else []
+    for number, line in enumerate(table.read_bytes().splitlines() if table.is_file() else [], 1):
+        if line.strip():
+            try:
+                yield (TABLE, number), json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError):
+                yield (TABLE, number), Unusable("table", "it is not valid JSON.")
+    for name in SHEETS:
+        if (folder / name).is_file():
+            yield from (((name, number), row) for number, row in _sheet_rows(folder / name))
 
 
-def _row(line: bytes) -> tuple[str, Words]:
-    """The file that a line of a table names, and what it tells; unknown fields are passed over."""
+def _sheet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line, row) of a table that a spreadsheet wrote, with commas, semicolons or tabs."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise Unusable("table", "it is not valid JSON.") from error
+        text = decode_text(path.read_bytes(), path.name)
+    except KhalaError as error:
+        yield 1, Unusable("table", str(error))
+        return
+    head = text.split("\n", 1)[0]
+    delimiter = max(",;\t", key=head.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        for row in reader:
+            filled = {str(name): value for name, value in row.items() if value and name}
+            if filled:
+                yield reader.line_num, filled
+    except csv.Error as error:
+        yield reader.line_num, Unusable("table", f"it is not CSV: {error}.")
+
+
+def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with field names in small letters, without what spreadsheets write for none."""
+    named = {re.sub(r"[\s-]+", "_", str(name).strip().casefold()): v for name, v in row.items()}
+    empty = ("null", "none", "nan", "n/a")
+    return {
+        name: value
+        for name, value in named.items()
+        if value is not None
+        and not (isinstance(value, float) and math.isnan(value))
+        and not (isinstance(value, str) and value.strip().casefold() in empty)
+    }
+
+
+def _named(row: Any) -> str:
+    """Return the file that a row names, or "" if it names none."""
+    fields_of_row = _fields(row) if isinstance(row, dict) else {}
+    for name in _FILE_FIELDS:
+        if isinstance(value := fields_of_row.get(name), str) and value.strip():
+            return value.strip()
+    return ""
+
+
+def _row(row: Any, folder: Path) -> tuple[str, Words]:
+    """Return the file that a row names, and its words; unknown fields are ignored."""
+    if isinstance(row, Unusable):
+        raise row
     if not isinstance(row, dict):
         raise Unusable("table", "it is not a JSON object.")
-    row = {name: value for name, value in row.items() if value is not None}
-    # file_name is what Hugging Face's tables of sound say.
-    name = _string("file", row.get("file", row.get("file_name", "")))
+    name = _string("file", _named(row))
     if not name:
         raise Unusable("table", "it names no file.")
-    row["tags"] = _tags(row.get("caption", row.get("tags", "")))
-    values = {f.name: row[f.name] for f in fields(Words) if f.name in row}
-    return name, _checked(values)
+    row = _fields(row)
+    row["tags"] = _tags(row.get("caption", row.get("prompt", row.get("tags", ""))))
+    if isinstance(row.get("instrumental"), str):
+        row["instrumental"] = _SWITCH.get(row["instrumental"].strip().casefold(), "?")
+    if isinstance(row.get("minutes"), str):
+        with suppress(ValueError):
+            row["minutes"] = float(row["minutes"].replace(",", "."))
+    if "lyrics_file" in row and not row.get("lyrics"):
+        row["lyrics"] = _lyrics_file(folder, _string("lyrics_file", row["lyrics_file"]))
+    return name, _checked({f.name: row[f.name] for f in fields(Words) if f.name in row})
+
+
+def _lyrics_file(folder: Path, name: str) -> str:
+    path = folder / name
+    try:
+        return decode_text(path.read_bytes(), name)
+    except OSError as error:
+        raise Unusable("words", f"{name} cannot be read: {error.strerror}.") from error
+    except KhalaError as error:
+        raise Unusable("words", str(error)) from error
 
 
 def _tags(value: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from khala_mlx.train.data.dataset import SPLITS
@@ -13,21 +15,28 @@ TRAIN, VALID = SPLITS
 def draw_splits(
     songs: Sequence[tuple[str, str]], share: float, seed: int, before: Mapping[str, str]
 ) -> list[str]:
-    """A split for each song, given as its artist ("" if unknown) and the hash of its sound.
+    """Return a split for each song, given as its artist ("" if unknown) and its sound's hash.
 
-    All songs of an artist go together, unless all songs are of one; about `share` of the artists
-    and of the songs without one are held out. `before` holds the splits that sounds had earlier:
-    they stay. Two songs or more leave no split empty.
+    About round(share * songs) songs are held out, never the last group. All songs of an artist
+    stay together, unless all songs have the same artist. `before` holds the splits that sounds had
+    earlier: they stay, so adding songs moves no other.
     """
     groups = groups_of(songs)
-    places = {group: _place(group, seed) for group in groups}
-    kept = _kept(groups, [sound for _, sound in songs], before)
-    splits = {group: VALID if place < share else TRAIN for group, place in places.items()} | kept
-    # What had no split yet moves first.
-    movable = [group for group in places if group not in kept] or list(places)
-    for split, first in ((VALID, min), (TRAIN, max)):
-        if len(splits) > 1 and split not in splits.values():
-            splits[first(movable, key=lambda group: places[group])] = split
+    sizes = Counter(groups)
+    splits = _kept(groups, [sound for _, sound in songs], before)
+    wanted = math.floor(share * len(songs) + 0.5)
+    held = sum(sizes[group] for group, split in splits.items() if split == VALID)
+    order = sorted((g for g in sizes if g not in splits), key=lambda group: _place(group, seed))
+    for group in order:
+        # Half a group too few is better than more than half a group too many.
+        if wanted - held >= sizes[group] / 2 and wanted > held:
+            splits[group] = VALID
+            held += sizes[group]
+        else:
+            splits[group] = TRAIN
+    if groups and TRAIN not in splits.values():
+        last = max(order or splits, key=lambda group: _place(group, seed))
+        splits[last] = TRAIN
     return [splits[group] for group in groups]
 
 

@@ -164,7 +164,7 @@ def test_codes_are_those_of_the_whole_song(tiny_folder: Path, tmp_path: Path) ->
     assert np.array_equal(stored, Khala.from_pretrained(tiny_folder).codec.encode(wave))
     assert stored.dtype == np.int16
     assert entry["frames"] == stored.shape[1] == -(-10000 // 128)
-    coded = [each for split in ("train", "valid") for each in read_coded(tmp_path / "out", split)]
+    coded = list(read_coded(tmp_path / "out", "train"))
     assert {each.about["id"] for each in coded} == {"a.wav", "b.wav"}
 
 
@@ -225,7 +225,7 @@ def test_only_new_sounds_and_new_codecs_are_encoded(
 
 def test_a_codec_is_named_by_what_decides_on_codes(tiny_folder: Path, tmp_path: Path) -> None:
     tools, again = (tools_of(tmp_path, str(tiny_folder), None, None) for _ in range(2))
-    assert tools.identity == again.parts.identity
+    assert tools.identity == again.identity
     again.codec.decoder.conv_in.weight = again.codec.decoder.conv_in.weight + 1
     assert type(again)(again.codec, again.tokenizer, None).identity == tools.identity
     again.codec.quantizer.codebooks = again.codec.quantizer.codebooks + mx.array(0.01)
@@ -263,20 +263,18 @@ def test_words_come_from_texts_and_tables(tiny_folder: Path, tmp_path: Path) -> 
     kept = {name: (each["tags"], each["lyrics"]) for name, each in found.items()}
     assert kept == {
         "both.wav": ("beside", "la"),
-        "table.wav": ("pop, slow", "la\u2028la"),
-        "plain.wav": ("plain", "“do”：re\nmi"),
+        "table.wav": ("pop, slow", "la\nla"),
         "o\u0308.wav": ("x", ""),
         "inst.wav": ("x", ""),
     }
     assert found["both.wav"]["artist"] == "A"
     assert [found[name]["minutes"] for name in ("both.wav", "table.wav")] == [1, 3]
     assert found["inst.wav"]["instrumental"]
-    assert len([*read_coded(out, "train"), *read_coded(out, "valid")]) == 5
+    assert len(read_coded(out, "train")) == 4
     reasons = Counter(each["reason"] for each in report["skipped"])
-    assert reasons == {"missing": 1, "table": 9}
+    assert reasons == {"missing": 1, "table": 10}
     remarks = {each["file"]: each["detail"] for each in report["remarks"]}
-    assert remarks["plain.wav"].endswith("changes its lyrics: “ ” ：.")
-    assert remarks["table.wav"].endswith("U+2028.")
+    assert "plain.wav" not in remarks
     assert "left out" in remarks["inst.wav"]
     assert "instrumental" in remarks["o\u0308.wav"]
 
@@ -364,7 +362,7 @@ def test_songs_of_an_artist_stay_together(tiny_folder: Path, tmp_path: Path) -> 
 def test_splits_are_stable(tiny_folder: Path, tmp_path: Path) -> None:
     songs, out = tmp_path / "songs", tmp_path / "out"
     song(songs / "0.wav", 0)
-    with pytest.warns(KhalaWarning, match="no songs for the split valid"):
+    with pytest.warns(KhalaWarning, match="No songs are held out"):
         prepare(songs, out, tools_of(out, str(tiny_folder), None, None))
     before: dict[str, str] = {}
     for number in range(1, 7):
@@ -372,28 +370,33 @@ def test_splits_are_stable(tiny_folder: Path, tmp_path: Path) -> None:
         told(tiny_folder, songs, out)
         now = splits(out)
         assert before.items() <= now.items()
-        assert {"train", "valid"} == set(now.values())
+        held = list(now.values()).count("valid")
+        assert held == (len(now) >= 5)
         before = now
     told(tiny_folder, songs, out, "--valid-share", 0.9)
-    assert Counter(splits(out).values())["valid"] > 3
+    assert Counter(splits(out).values())["valid"] == 6
 
 
 def test_splits_follow_from_content_and_seed() -> None:
     songs = [("", f"{number:x}") for number in range(400)]
     drawn = draw_splits(songs, 0.1, 0, {})
-    assert 20 < drawn.count("valid") < 60
+    assert drawn.count("valid") == 40
     assert draw_splits(songs, 0.1, 1, {}) != drawn
-    # By hash: songs that come later, or before, move no other.
-    assert draw_splits(songs[100:], 0.1, 0, {}) == drawn[100:]
-    for share in (1e-9, 1 - 1e-9):
-        assert set(draw_splits(songs[:2], share, 0, {})) == {"train", "valid"}
-        assert set(draw_splits([("A", "1"), ("a ", "2")], share, 0, {})) == {"train", "valid"}
-        assert set(draw_splits([("A", "1"), ("B", "2")], share, 0, {})) == {"train", "valid"}
-    assert draw_splits(songs[:1], 0.1, 0, {}) == ["train"]
+    # Songs that come later move no other.
+    before = dict(zip([sound for _, sound in songs[:300]], drawn[:300], strict=True))
+    assert draw_splits(songs, 0.1, 0, before)[:300] == drawn[:300]
+    # Never the last, whatever the share.
+    for share in (1e-9, 0.5, 1 - 1e-9):
+        for few in (songs[:1], songs[:2], [("A", "1"), ("a ", "2")], [("A", "1"), ("B", "2")]):
+            assert "train" in draw_splits(few, share, 0, {})
+    assert [draw_splits(songs[:n], 0.1, 0, {}).count("valid") for n in (1, 4, 5, 14, 15)] == [
+        0, 0, 1, 1, 2
+    ]  # fmt: skip
     # An artist whose songs were apart before goes where the hash says.
     pair = [("A", "1"), ("A", "2"), ("B", "3")]
     parts = draw_splits(pair, 0.5, 0, {"1": "train", "2": "valid", "3": "train"})
-    assert parts == ["valid", "valid", "train"]
+    assert parts[0] == parts[1]
+    assert parts[2] == "train"
 
 
 def write_converter(folder: Path, name: str, script: str) -> None:
@@ -445,7 +448,7 @@ def test_a_file_that_changes_meanwhile_is_left_out(tiny_folder: Path, tmp_path: 
         stages.append((stage, done, total))
 
     tools = tools_of(out, str(tiny_folder), None, None)
-    with pytest.warns(KhalaWarning, match="no songs for the split valid"):
+    with pytest.warns(KhalaWarning, match="No songs are held out"):
         report = prepare(songs, out, tools, on_progress=change)
     assert {each["file"] for each in report["skipped"]} == {"1.wav", "2.wav"}
     assert list(entries(out)) == ["0.wav"]
@@ -498,7 +501,7 @@ def test_nothing_to_use_is_one_sentence(tiny_folder: Path, tmp_path: Path) -> No
     (songs / "train").mkdir()
     (songs / "valid").mkdir()
     tools = tools_of(out, str(tiny_folder), None, None)
-    with pytest.raises(KhalaError, match="train holds no sound files"):
+    with pytest.raises(KhalaError, match="train has no sound files"):
         prepare(songs, out, tools)
 
 
@@ -532,4 +535,4 @@ def test_options_that_are_no_numbers(tiny_folder: Path, tmp_path: Path) -> None:
     for option in ("--valid-share", "--max-minutes"):
         result = run(tiny_folder, tmp_path / "songs", tmp_path / "out", option, "nan")
         assert result.exit_code == 1
-        assert "must lie between" in result.stderr
+        assert "must be between" in result.stderr
