@@ -25,13 +25,13 @@ from khala_mlx.quality import goldens
 
 PACKINGS = ("8", "6", "4", "mxfp8", "mxfp4")
 FIGURES = ("backbone_equal", "backbone_nats", "superres_equal", "superres_nats")
-UNPACKED = weights.CPU_UNPACKED_BYTES
+UNPACKED = weights.CPU_DEQUANTIZED_BYTES
 
 
 def opened(folder: Path, dtype: str, *, packed: bool) -> Khala:
     """A model that is quantized when it computes, or not."""
     # The CPU backend dequantizes small models, a GPU does not.
-    weights.CPU_UNPACKED_BYTES = 0 if packed else UNPACKED
+    weights.CPU_DEQUANTIZED_BYTES = 0 if packed else UNPACKED
     return Khala.from_pretrained(folder, dtype=dtype)
 
 

@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("memory"))
     options = parser.parse_args()
     # A quantized part is to stay quantized; both modules read it.
-    weights.CPU_UNPACKED_BYTES = envelope.CPU_UNPACKED_BYTES = 0
+    weights.CPU_DEQUANTIZED_BYTES = envelope.CPU_DEQUANTIZED_BYTES = 0
     told = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.packings:

@@ -17,7 +17,7 @@ from khala_mlx.convert import peft
 from khala_mlx.convert.formats.safetensors import read
 from khala_mlx.convert.formats.tensors import Tensor
 from khala_mlx.convert.formats.torch_file import TorchZip
-from khala_mlx.errors import AdapterError
+from khala_mlx.errors import KhalaError
 from khala_mlx.storage.adapter import WEIGHTS, Adapter, Pair, module_key, save_adapter
 from khala_mlx.storage.atomic import appears_whole
 from khala_mlx.text import listed, shown
@@ -43,11 +43,11 @@ def read_adapter(path: str | Path) -> Adapter:
         for name in peft.FILES:
             if (path / name).is_file():
                 return peft.parse(path.resolve().name, _tensors(path / name)[0], path)
-        raise AdapterError(
+        raise KhalaError(
             f"{shown(str(path))} is not an adapter: it holds neither {WEIGHTS} nor {peft.FILES[0]}."
         )
     if not path.is_file():
-        raise AdapterError(f"There is no adapter {shown(str(path))}.")
+        raise KhalaError(f"There is no adapter {shown(str(path))}.")
     if path.name == WEIGHTS:
         return Adapter.load(path.parent)
     tensors, about = _tensors(path)
@@ -63,7 +63,7 @@ def export_adapter(adapter: Adapter, destination: str | Path, layout: str) -> No
         KhalaError: if the folder exists or cannot be written, or the layout cannot hold it.
     """
     if layout not in FORMATS:
-        raise AdapterError(f"format must be one of {', '.join(FORMATS)}, got {shown(layout)}.")
+        raise KhalaError(f"format must be one of {', '.join(FORMATS)}, got {shown(layout)}.")
     with appears_whole(Path(destination).expanduser(), folder=True) as folder:
         if layout == "peft":
             peft.write(adapter, folder)
@@ -80,7 +80,7 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     root = file.root if isinstance(file.root, dict) else {}
     state = root.get("lora", root)
     if not isinstance(state, dict) or not state:
-        raise AdapterError(f"{shown(path.name)} holds no adapter.")
+        raise KhalaError(f"{shown(path.name)} holds no adapter.")
     about = root if "lora" in root else {}
     return {str(name): file.tensor(ref, str(name)) for name, ref in state.items()}, about
 
@@ -92,7 +92,7 @@ def _list(name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) ->
     odd = sorted(expected ^ set(tensors))
     if odd or len(numbers) % len(modules):
         told = listed(odd) or f"{len(numbers)} pairs"
-        raise AdapterError(
+        raise KhalaError(
             f"The adapter {shown(name)} is not complete. Each layer needs {len(modules)} pairs, "
             f"but it has {told}."
         )
@@ -100,7 +100,7 @@ def _list(name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) ->
     run = run if isinstance(run, dict) else {}
     rank, alpha = run.get("lora_r", LIST_RANK), run.get("lora_alpha", LIST_ALPHA)
     if not peft.is_positive(rank) or not peft.is_positive(alpha):
-        raise AdapterError(f"The adapter {shown(name)} tells of no sensible rank and alpha.")
+        raise KhalaError(f"The adapter {shown(name)} tells of no sensible rank and alpha.")
     pairs: dict[str, Pair] = {}
     for number in numbers:
         layer, module = divmod(number, len(modules))
@@ -115,7 +115,7 @@ def _targets(given: Any) -> tuple[str, ...]:
     if not isinstance(given, (list, tuple)) or not given:
         return LINEARS
     if odd := [each for each in given if each not in LINEARS]:
-        raise AdapterError(
+        raise KhalaError(
             f"The adapter is for layers that the backbone does not have: {listed(odd)}."
         )
     return tuple(sorted(given, key=lambda name: module_key(name).startswith("mlp")))

@@ -24,7 +24,7 @@ from khala_mlx.convert.layouts.model_folder import CONFIG, stored_tensors
 from khala_mlx.convert.outputs import unpacked
 from khala_mlx.convert.run import written
 from khala_mlx.convert.write import Progress, write_files, write_json
-from khala_mlx.errors import AdapterError, ConvertError
+from khala_mlx.errors import ConvertError, KhalaError
 from khala_mlx.storage.adapter import Adapter, Pair
 from khala_mlx.text import listed
 
@@ -120,7 +120,7 @@ def _changed(tensor: Tensor, shares: Sequence[Share], dtype: str) -> Output:
             with np.errstate(over="ignore", invalid="ignore"):
                 fused = _fused(rows, shares, slice(start, stop))
             if not np.isfinite(fused).all():
-                raise AdapterError(
+                raise KhalaError(
                     f"The adapters are too strong for {tensor.name}: it would hold values that are "
                     "not finite."
                 )

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from khala_mlx.config import LINEARS
+from khala_mlx.config import LINEARS, read_object
 from khala_mlx.convert.formats.safetensors import Entry, Output
 from khala_mlx.convert.formats.safetensors import write as write_tensors
 from khala_mlx.convert.formats.tensors import Tensor, require_float, to_float32
-from khala_mlx.errors import AdapterError
-from khala_mlx.storage.adapter import Adapter, Pair, module_key, read_config
+from khala_mlx.errors import KhalaError
+from khala_mlx.storage.adapter import Adapter, Pair, module_key
 from khala_mlx.text import listed, shown
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -54,16 +54,16 @@ def parse(name: str, tensors: Mapping[str, Tensor], folder: Path) -> Adapter:
     """The adapter of these tensors and of adapter_config.json in `folder`.
 
     Raises:
-        AdapterError: naming every tensor and setting that is not LoRA or DoRA on linear layers.
+        KhalaError: naming every tensor and setting that is not LoRA or DoRA on linear layers.
     """
-    about = read_config(folder / CONFIG)
+    about = read_object(folder / CONFIG)
     if odd := [key for key, plain in _PLAIN.items() if about.get(key) not in plain]:
-        raise AdapterError(
+        raise KhalaError(
             f"The adapter {shown(name)} does more than LoRA and DoRA: {CONFIG} sets {listed(odd)}."
         )
     about = {**_DEFAULTS, **about}
     if not is_positive(about["r"]) or not is_positive(about["lora_alpha"]):
-        raise AdapterError(f"{CONFIG} of {shown(name)} gives no sensible r and lora_alpha.")
+        raise KhalaError(f"{CONFIG} of {shown(name)} gives no sensible r and lora_alpha.")
     layers, modules = _by_layer(name, tensors, dora=bool(about.get("use_dora")))
     alphas = _checked_pattern(about.get("alpha_pattern"))
     scale = _scale(about, about["lora_alpha"], about["r"])
@@ -99,7 +99,7 @@ def pair(a: Tensor, b: Tensor) -> Pair:
     """A pair from torch's matrices A [r, in] and B [out, r]."""
     for tensor in (a, b):
         if len(tensor.shape) != 2:
-            raise AdapterError(f"{shown(tensor.name)} is not a matrix.")
+            raise KhalaError(f"{shown(tensor.name)} is not a matrix.")
     return Pair(np.ascontiguousarray(values(a).T), np.ascontiguousarray(values(b).T))
 
 
@@ -133,7 +133,7 @@ def _by_layer(
     wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if dora else set())
     odd += [path for path, parts in layers.items() if not wanted <= set(parts)]
     if odd:
-        raise AdapterError(
+        raise KhalaError(
             f"The adapter {shown(name)} holds tensors that belong to no linear layer of the "
             f"backbone, or whose partner is missing: {listed(sorted(odd))}."
         )
@@ -157,7 +157,7 @@ def _checked_pattern(pattern: Any) -> dict[str, float]:
         except (re.error, TypeError, RecursionError):
             fine = False
         if not fine or not is_positive(value):
-            raise AdapterError(
+            raise KhalaError(
                 f"alpha_pattern has the key {shown(key)}, which is not a name of a layer nor a "
                 "plain expression, or its value is not a number above 0."
             )

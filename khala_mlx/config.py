@@ -332,16 +332,16 @@ class KhalaConfig(Strict):
         return cls.from_dict(read_object(path), str(path))
 
 
-def read_object(path: Path, error: type[KhalaError] = ConfigError) -> dict[str, Any]:
-    """The JSON object in a file, or an `error` that says why there is none."""
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, or raise ConfigError."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as why:
-        raise error(f"{path} cannot be read: {why.strerror}.") from why
+        raise ConfigError(f"{path} cannot be read: {why.strerror}.") from why
     except (ValueError, RecursionError) as why:
-        raise error(f"{path} is not valid JSON.") from why
+        raise ConfigError(f"{path} is not valid JSON.") from why
     if not isinstance(data, dict):
-        raise error(f"{path} must be an object.")
+        raise ConfigError(f"{path} must be an object.")
     return data
 
 

@@ -1,4 +1,4 @@
-"""Errors a user can cause. Every message is one sentence that says what to do."""
+"""Errors that a user can cause. Each message is one line: what is wrong, and what to do."""
 
 
 class KhalaError(Exception):
@@ -6,36 +6,28 @@ class KhalaError(Exception):
 
 
 class ConfigError(KhalaError):
-    """A config.json that is malformed, incomplete or contradicts itself."""
-
-
-class WeightsError(KhalaError):
-    """A model folder whose files or tensors do not match its config."""
-
-
-class AdapterError(KhalaError):
-    """An adapter that cannot be read, or that does not fit the model it is for."""
+    """A config.json is malformed, incomplete or contradicts itself."""
 
 
 class PromptError(KhalaError):
-    """A prompt that cannot be built or does not fit."""
+    """A prompt cannot be built or does not fit."""
 
 
 class ConvertError(KhalaError):
-    """A foreign checkpoint that cannot be read or converted."""
+    """A checkpoint cannot be read or converted."""
 
 
 class NoSongError(KhalaError):
-    """None of some songs that were composed together came to anything; others may."""
+    """All songs that were composed together failed; other seeds may work."""
 
 
 class HubError(KhalaError):
-    """A file that cannot be fetched from the Hugging Face Hub."""
+    """A file cannot be downloaded from the Hugging Face Hub."""
 
 
 class AudioError(KhalaError):
-    """An audio or codes file that cannot be read, written or played."""
+    """An audio or codes file cannot be read, written or played."""
 
 
 class KhalaWarning(UserWarning):
-    """Something the user should know, though the work continues."""
+    """Something the user should know, while the work continues."""

@@ -1,4 +1,4 @@
-"""How names that come from a file are shown in messages: printable, bounded, on one line."""
+"""Show names and values in messages: printable, bounded, on one line."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def resuming(take: Path) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Whether `text` can be written; JSON and the command line can give halves of characters."""
+    """Return whether `text` can be encoded; JSON and the command line can give lone surrogates."""
     return not any("\ud800" <= each <= "\udfff" for each in text)
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether `name` is a file's name that cannot lead out of its folder."""
+    """Return whether `name` is the name of a file, without a way out of its folder."""
     return name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def listed(names: Iterable[object]) -> str:
-    """Every name, sorted as given, separated by commas; the tail of a very long list is counted."""
+    """Join names with commas, in their order; of a very long list only count the rest."""
     every = [shown(name) for name in names]
     more = len(every) - MOST_LISTED
     return ", ".join(every[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def clock_time(seconds: float) -> str:
-    """75.0 -> 1:15"""
+    """Return seconds as minutes and seconds: 75.0 -> 1:15."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

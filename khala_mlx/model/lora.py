@@ -1,7 +1,7 @@
-"""Adapters at work: linear layers of the backbone with LoRA or DoRA on them, put on and taken off.
+"""Apply LoRA and DoRA adapters to the linear layers of a backbone, and remove them.
 
-mlx-lm's LoRALinear does the work. Any number of adapters become one pair of matrices a layer: their
-ranks lie side by side, their scales are multiplied in.
+mlx-lm's LoRALinear does the work. Any number of adapters become one pair of matrices per layer:
+their ranks are concatenated and their scales multiplied in.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from khala_mlx.config import KhalaConfig
-from khala_mlx.errors import AdapterError
+from khala_mlx.errors import KhalaError
 from khala_mlx.model.cache import file_limit_kept
-from khala_mlx.model.transformer import Transformer
+from khala_mlx.model.transformer import Transformer, matrix
 from khala_mlx.storage.adapter import Adapter, Extent, Pair
 
 Layers = list[tuple[str, nn.Module]]
 
 
 class Adapters:
-    """The adapters chosen for a model's backbone, and where they are on it."""
+    """The adapters chosen for a backbone, and the model they are applied to."""
 
     def __init__(self) -> None:
         self.chosen: list[tuple[Adapter, float]] = []
@@ -40,13 +40,13 @@ class Adapters:
         adapters: Sequence[str | Path | Adapter],
         scales: Sequence[float] | None,
     ) -> None:
-        """Take these instead of what was chosen before; if one does not fit, nothing changes.
+        """Replace the chosen adapters; if one does not fit, nothing changes.
 
         Raises:
-            AdapterError: if an adapter cannot be read or does not fit, or a scale is not a number.
+            KhalaError: if an adapter cannot be read or does not fit, or a scale is not a number.
         """
         if isinstance(adapters, (str, Path, Adapter)):
-            raise AdapterError("Adapters must be a list, be it of one.")
+            raise KhalaError("adapters must be a list, also for one adapter.")
         loaded = [a if isinstance(a, Adapter) else Adapter.load(Path(a)) for a in adapters]
         chosen = list(zip(loaded, _strengths(scales, len(loaded)), strict=True))
         for adapter, strength in chosen:
@@ -58,19 +58,19 @@ class Adapters:
             self.enter(model)
 
     def enter(self, model: Transformer) -> None:
-        """Put the chosen adapters on `model`, if they are not on it already."""
+        """Apply the chosen adapters to `model`, unless they are applied already."""
         if self._model is not model:
             self._model, self._replaced = model, put_on(model, self.chosen)
 
     def leave(self) -> None:
-        """Take them off the model they are on, and forget it."""
+        """Remove the adapters from their model, and forget the model."""
         if self._model is not None:
-            take_off(self._model, self._replaced)
+            _replace(self._model, self._replaced)
         self._model, self._replaced = None, []
 
     @property
     def extent(self) -> Extent:
-        """What they add to the backbone together; those of strength 0 are left off it."""
+        """The size of what they add to the backbone together, without those of strength 0."""
         each = [adapter.extent for adapter, strength in self.chosen if strength]
         return Extent(
             sum(extent.parameters for extent in each),
@@ -90,20 +90,20 @@ def _strengths(scales: Sequence[float] | None, count: int) -> list[float]:
     if scales is None:
         return [1.0] * count
     if not isinstance(scales, Sized):
-        raise AdapterError("Scales must be a list, one for each adapter.")
+        raise KhalaError("scales must be a list with one number for each adapter.")
     if len(scales) != count:
-        raise AdapterError(f"There are {count} adapters, but {len(scales)} scales.")
+        raise KhalaError(f"There are {count} adapters, but {len(scales)} scales. Give one each.")
     for scale in scales:
         number = isinstance(scale, (int, float, np.number)) and not isinstance(scale, bool)
         if not number or not math.isfinite(scale):
-            raise AdapterError(f"An adapter's scale must be a number, got {scale!r}.")
+            raise KhalaError(f"An adapter's scale must be a finite number, got {scale!r}.")
     return [float(scale) for scale in scales]
 
 
 class Stretched(nn.Module):
-    """A linear layer whose outputs, its bias aside, DoRA makes longer or shorter.
+    """A linear layer whose outputs, without the bias, DoRA scales by 1 + gain.
 
-    `gain` [out] is what is added, so that 0 changes nothing to the last bit.
+    A `gain` [out] of 0 changes no bit.
     """
 
     def __init__(self, linear: nn.Module, gain: mx.array) -> None:
@@ -117,12 +117,12 @@ class Stretched(nn.Module):
 
 
 def put_on(model: Transformer, adapters: Sequence[tuple[Adapter, float]]) -> Layers:
-    """Put adapters, each with its strength, on a model that has none.
+    """Apply adapters, each with its strength, to a model that has none.
 
-    They must fit (see Adapter.check). Those of strength 0 touch nothing.
+    They must fit (see Adapter.check). Those of strength 0 are skipped.
 
     Returns:
-        The layers that were replaced, for `take_off`.
+        The layers that were replaced; putting them back restores the model bit by bit.
     """
     shares: dict[str, list[tuple[Pair, float, float]]] = defaultdict(list)
     for adapter, strength in adapters:
@@ -134,30 +134,11 @@ def put_on(model: Transformer, adapters: Sequence[tuple[Adapter, float]]) -> Lay
     adapted = []
     for path, layer in replaced:
         adapted.append((path, _adapted(layer, shares[path])))
-        # Made now: a mistake must not surface, nor memory be taken, within a song. And each by
-        # itself: DoRA needs its layer's matrix in float32 for a while, dequantized.
+        # Evaluated now, so that errors and memory use do not come in the middle of a song, and one
+        # by one: DoRA needs its layer's matrix in float32, dequantized, for a while.
         mx.eval(adapted[-1][1].parameters())
     _replace(model, adapted)
     return replaced
-
-
-def take_off(model: Transformer, replaced: Layers) -> None:
-    """Put the layers back that `put_on` replaced; the model is then what it was, bit by bit."""
-    _replace(model, replaced)
-
-
-def matrix(linear: nn.Module) -> mx.array:
-    """The weights [out, in] of a linear layer, dequantized if they are quantized."""
-    if not isinstance(linear, nn.QuantizedLinear):
-        return linear.weight
-    return mx.dequantize(
-        linear.weight,
-        linear.scales,
-        linear.get("biases"),
-        group_size=linear.group_size,
-        bits=linear.bits,
-        mode=linear.mode,
-    )
 
 
 def _replace(model: Transformer, layers: Layers) -> None:
@@ -167,7 +148,7 @@ def _replace(model: Transformer, layers: Layers) -> None:
 
 
 def _adapted(linear: nn.Module, shares: Sequence[tuple[Pair, float, float]]) -> nn.Module:
-    """A linear layer with the pairs of (pair, scale, strength) on it."""
+    """Return a linear layer with each (pair, scale, strength) applied to it."""
     with file_limit_kept():
         from mlx_lm.tuner.lora import LoRALinear
     gains = [_gain(linear, pair, scale) for pair, scale, _ in shares]
@@ -184,7 +165,7 @@ def _adapted(linear: nn.Module, shares: Sequence[tuple[Pair, float, float]]) -> 
 
 
 def _gain(linear: nn.Module, pair: Pair, scale: float) -> Any:
-    """How much longer, by share, DoRA makes each row [out]; None for LoRA."""
+    """Return the relative change of the norm of each row [out] in DoRA; None for LoRA."""
     if pair.m is None:
         return None
     changed = matrix(linear).astype(mx.float32) + (mx.array(pair.a) @ mx.array(pair.b * scale)).T

@@ -179,6 +179,21 @@ def projector(head: nn.Module, rows: mx.array | slice) -> Callable[[mx.array], m
     return lambda x: head(x)[..., rows].astype(mx.float32)
 
 
+def matrix(layer: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
+    """Return the weights [out, in] of a layer; quantized ones are dequantized, to `dtype`."""
+    if not isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        return layer.weight
+    return mx.dequantize(
+        layer.weight,
+        layer.scales,
+        layer.get("biases"),
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+        dtype=dtype,
+    )
+
+
 def like_input(result: mx.array, given: Any) -> Any:
     """NumPy (or lists) in, float32 NumPy out; mx.array in, mx.array out."""
     if isinstance(given, mx.array):

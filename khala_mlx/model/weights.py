@@ -1,4 +1,4 @@
-"""Find a model folder, check and load its tensors. Strict: there is no way around it."""
+"""Find a model folder, and load its tensors strictly: every mismatch is an error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from khala_mlx.config import WEIGHTS_LICENCE, KhalaConfig
-from khala_mlx.errors import KhalaWarning, WeightsError
+from khala_mlx.errors import KhalaError, KhalaWarning
+from khala_mlx.model.transformer import matrix
 from khala_mlx.storage import hub
 from khala_mlx.storage.paths import model_name, models_folder
 from khala_mlx.text import is_plain_name, listed, shown
@@ -23,50 +24,48 @@ PARTS = ("backbone", "superres", "codec")
 Part = TypeVar("Part", bound=nn.Module)
 
 # MLX's CPU backend multiplies quantized matrices slower than plain ones, in 16 bits 10 to 60 times.
-# There a part that takes at most this many bytes in float32 is dequantized. Users who quantize a
-# larger one do not have the memory.
-CPU_UNPACKED_BYTES = 2**30
+# On it a part of at most this many bytes in float32 is dequantized. Users who quantize a larger one
+# do not have the memory.
+CPU_DEQUANTIZED_BYTES = 2**30
 
-# What `fingerprint` reads of each file; the first sample begins with the header.
+# Samples that `fingerprint` reads of each file; the first holds the header.
 _SAMPLES, _SAMPLE_BYTES = 256, 4096
 
 
 def find_model(source: str | Path) -> Path:
-    """The folder of a model: the one in the box, a local folder, one downloaded, a Hub snapshot.
+    """Return the folder of a model: "demo", a local folder, a downloaded model or a Hub repository.
 
     Raises:
-        KhalaError: if there is none, saying how to make one.
+        KhalaError: if there is no such model, with the way to get one.
     """
     if not isinstance(source, (str, Path)):
-        raise WeightsError(f"A model is named by text or a path, not by {shown(source)}.")
+        raise KhalaError(f"A model must be text or a path, got {shown(source)}.")
     if source == "demo":
         return Path(__file__).parents[1] / "demo"
     try:
         path = Path(source).expanduser()
         is_file = path.is_file()
     except RuntimeError as error:
-        raise WeightsError(f"There is no model folder {source}, nor such a user.") from error
+        raise KhalaError(f"There is no model folder {source}: its user does not exist.") from error
     except OSError as error:
-        raise WeightsError(f"{shown(source)} is not a model folder: {error.strerror}.") from error
+        raise KhalaError(f"{shown(source)} is not a model folder: {error.strerror}.") from error
     if is_file:
-        raise WeightsError(f"{path} is a file; a model is a folder made by `khala convert`.")
+        raise KhalaError(f"{path} is a file. Choose a folder made by `khala convert`.")
     downloaded = models_folder() / model_name(str(source))
     if not path.exists() and is_plain_name(downloaded.name) and downloaded.is_dir():
         path = downloaded
     if not path.exists():
         if not hub.is_repo_id(str(source)):
-            raise WeightsError(
-                f"There is no model folder {source}, nor is that the name of a Hub repository."
-            )
+            raise KhalaError(f"There is no model folder or Hub repository {source}.")
         path = hub.download(str(source), lambda names: ("*.json", "*.safetensors", "*.md")).folder
         warnings.warn(
-            f"{source} holds a model's weights under a licence of their own, see its page; the "
-            f"released Khala weights are under {WEIGHTS_LICENCE}.",
+            f"The weights of {source} have their own licence, see its page. The released Khala "
+            f"weights are under {WEIGHTS_LICENCE}.",
             KhalaWarning,
             stacklevel=3,
         )
     if not (path / "config.json").is_file():
-        raise WeightsError(
+        raise KhalaError(
             f"{source} is not a model folder: it has no config.json. Convert checkpoints with "
             f"`khala convert {source} DEST`."
         )
@@ -74,41 +73,41 @@ def find_model(source: str | Path) -> Path:
 
 
 def working_dtype(config: KhalaConfig) -> str:
-    """What the language models compute in: what they are stored in, on the CPU backend float32."""
+    """Return the dtype that the language models compute in: float32 on the CPU backend."""
     return "float32" if mx.default_device() == mx.cpu else config.dtype
 
 
 def part_files(folder: Path, part: str) -> list[Path]:
-    """The safetensors files of one part: a single file, or those its index names.
+    """Return the safetensors files of one part: a single file, or those in its index.
 
     Raises:
-        WeightsError: if a file is missing, or an index is malformed or points elsewhere.
+        KhalaError: if a file is missing, or an index is malformed or points elsewhere.
     """
     index = folder / f"{part}.safetensors.index.json"
     if not index.exists():
         single = folder / f"{part}.safetensors"
         if not single.is_file():
-            raise WeightsError(f"{folder} does not have {single.name}; convert the model again.")
+            raise KhalaError(f"{folder} does not have {single.name}. Convert the model again.")
         return [single]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         files = [folder / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{index} is not a safetensors index.") from error
+        raise KhalaError(f"{index} is not a safetensors index.") from error
     if not files or any(Path(name).name != name for name in names):
-        raise WeightsError(f"{index} names files outside its own folder.")
+        raise KhalaError(f"{index} names files outside its own folder.")
     if missing := [path.name for path in files if not path.is_file()]:
-        raise WeightsError(f"{folder} does not have {', '.join(missing)}; convert the model again.")
+        raise KhalaError(f"{folder} does not have {', '.join(missing)}. Convert the model again.")
     return files
 
 
 def fingerprint(folder: Path) -> str:
-    """A sha256 that tells models apart: of config.json and of samples of all tensors.
+    """Return a sha256 of config.json and of samples of all tensors, which identifies a model.
 
-    Not of every byte: reading gigabytes would take longer than making a short song.
+    Reading all bytes, gigabytes of them, would take longer than making a short song.
 
     Raises:
-        WeightsError: if a file is missing.
+        KhalaError: if a file is missing.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in (path for part in PARTS for path in part_files(folder, part)):
@@ -122,16 +121,16 @@ def fingerprint(folder: Path) -> str:
 
 
 def read_tensors(files: list[Path]) -> dict[str, mx.array]:
-    """All tensors of some safetensors files, lazily; duplicates and damage are errors."""
+    """Load the tensors of safetensors files lazily; duplicates and damage are errors."""
     tensors: dict[str, mx.array] = {}
     for path in files:
         try:
             loaded = mx.load(str(path), format="safetensors")
         except (RuntimeError, ValueError) as error:
-            raise WeightsError(f"{path} is not a complete safetensors file.") from error
+            raise KhalaError(f"{path} is not a complete safetensors file.") from error
         assert isinstance(loaded, dict)
         if doubled := sorted(set(tensors) & set(loaded)):
-            raise WeightsError(f"{path} repeats tensors: {listed(doubled)}.")
+            raise KhalaError(f"{path} repeats tensors: {listed(doubled)}.")
         tensors.update(loaded)
     return tensors
 
@@ -141,55 +140,53 @@ def load_part(
 ) -> Part:
     """Fill `model` with the tensors of `part` in `folder` and evaluate them.
 
-    Layers that config.json lists as quantised are turned into their quantized form first. With
-    `dtype` every float tensor is cast to it, scales of quantized ones included. On the CPU backend
-    the layers of a part of at most CPU_UNPACKED_BYTES are then dequantized, to `dtype` too.
+    Layers that config.json lists as quantized are quantized first. With `dtype` every float tensor
+    is cast to it, also the scales of quantized ones. On the CPU backend a part of at most
+    CPU_DEQUANTIZED_BYTES is then dequantized, to `dtype` too.
 
     Raises:
-        WeightsError: listing every missing, unknown and misshapen tensor at once.
+        KhalaError: listing every missing, unknown and misshapen tensor at once.
     """
     # Known only before quantization: quantized tensors have other sizes.
-    unpacked_bytes = sum(array.size * 4 for _, array in tree_flatten(model.parameters()))
-    packed = pack_layers(model, part, config)
+    plain_bytes = sum(array.size * 4 for _, array in tree_flatten(model.parameters()))
+    quantized = quantize_layers(model, part, config)
     fill_part(model, folder, part, dtype)
-    if packed and mx.default_device() == mx.cpu and unpacked_bytes <= CPU_UNPACKED_BYTES:
-        _unpack(model, dtype)
+    if quantized and mx.default_device() == mx.cpu and plain_bytes <= CPU_DEQUANTIZED_BYTES:
+        _dequantize(model, dtype)
     return model
 
 
-def pack_layers(model: nn.Module, part: str, config: KhalaConfig) -> bool:
-    """Turn the layers that config.json lists for `part` into their quantized form; were there any?
+def quantize_layers(model: nn.Module, part: str, config: KhalaConfig) -> bool:
+    """Quantize the layers that config.json lists for `part`, and return whether there are any.
 
     Raises:
-        WeightsError: if a layer cannot be quantized as it says.
+        KhalaError: if a layer cannot be quantized as it says.
     """
-    packed = {
+    chosen = {
         name.removeprefix(f"{part}."): how
         for name, how in config.quantization.items()
         if name.startswith(f"{part}.")
     }
-    for how in set(packed.values()):
+    for how in set(chosen.values()):
         try:
             nn.quantize(
                 model,
                 how.group_size,
                 how.bits,
                 mode=how.mode,
-                class_predicate=lambda path, _, how=how: packed.get(path) == how,
+                class_predicate=lambda path, _, how=how: chosen.get(path) == how,
             )
         except (ValueError, AttributeError) as error:
-            raise WeightsError(
-                f"config.json asks for a quantisation that fails: {error}"
-            ) from error
-    return bool(packed)
+            raise KhalaError(f"The quantization in config.json fails: {error}") from error
+    return bool(chosen)
 
 
 def fill_part(model: Part, folder: Path, part: str, dtype: mx.Dtype | None = None) -> Part:
-    """Fill a model that has its final form with the tensors of `part`; see `load_part`."""
+    """Fill a model whose layers are quantized already with the tensors of `part`."""
     tensors = read_tensors(part_files(folder, part))
     expected = dict(tree_flatten(model.parameters()))
     if problems := _differences(expected, tensors):
-        raise WeightsError(f"The {part} in {folder} does not match its config.json: {problems}.")
+        raise KhalaError(f"The {part} in {folder} does not match its config.json: {problems}.")
     model.load_weights(list(tensors.items()), strict=True)
     del tensors, expected
     if dtype is not None:
@@ -197,13 +194,13 @@ def fill_part(model: Part, folder: Path, part: str, dtype: mx.Dtype | None = Non
     try:
         mx.eval(model.parameters())
     except RuntimeError as error:
-        raise WeightsError(f"The {part} in {folder} cannot be read: {error}") from error
+        raise KhalaError(f"The {part} in {folder} cannot be read: {error}") from error
     model.eval()
     return model
 
 
-def _unpack(model: nn.Module, dtype: mx.Dtype | None) -> None:
-    """Replace quantized layers by plain ones that hold the values they stand for."""
+def _dequantize(model: nn.Module, dtype: mx.Dtype | None) -> None:
+    """Replace quantized layers by plain ones with the values they stand for."""
     layers = [
         (name, _plain(layer, dtype))
         for name, layer in model.named_modules()
@@ -215,16 +212,8 @@ def _unpack(model: nn.Module, dtype: mx.Dtype | None) -> None:
 
 
 def _plain(layer: nn.Module, dtype: mx.Dtype | None) -> nn.Module:
-    """The nn.Linear or nn.Embedding of a quantized layer."""
-    weight = mx.dequantize(
-        layer.weight,
-        layer.scales,
-        layer.get("biases"),
-        group_size=layer.group_size,
-        bits=layer.bits,
-        mode=layer.mode,
-        dtype=dtype,
-    )
+    """Return the nn.Linear or nn.Embedding of a quantized layer."""
+    weight = matrix(layer, dtype)
     rows, columns = weight.shape
     if isinstance(layer, nn.QuantizedEmbedding):
         plain = nn.Embedding(rows, columns)

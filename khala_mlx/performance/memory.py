@@ -15,7 +15,7 @@ from khala_mlx.config import CodecConfig, KhalaConfig, TransformerConfig
 from khala_mlx.model.attention import SCORE_BYTES, writes_scores
 from khala_mlx.model.ops import TILE
 from khala_mlx.model.receptive_field import UNITS_HALO, decoder_halo
-from khala_mlx.model.weights import CPU_UNPACKED_BYTES
+from khala_mlx.model.weights import CPU_DEQUANTIZED_BYTES
 from khala_mlx.performance import cost as counts
 from khala_mlx.storage.adapter import NO_ADAPTERS, Extent
 
@@ -60,7 +60,7 @@ class Setting:
 def as_held(config: KhalaConfig, part: str, setting: Setting) -> KhalaConfig:
     """Return `config` with the quantization in memory: small models are dequantized."""
     plain = replace(config, quantization={})
-    small = counts.transformer_bytes(plain, part, _FLOAT32) <= CPU_UNPACKED_BYTES
+    small = counts.transformer_bytes(plain, part, _FLOAT32) <= CPU_DEQUANTIZED_BYTES
     return plain if setting.on_cpu and small else config
 
 

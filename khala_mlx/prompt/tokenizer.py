@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from khala_mlx import token_ids as tokens
 from khala_mlx.config import SpecialTokens, TokenLayout
-from khala_mlx.errors import PromptError, WeightsError
+from khala_mlx.errors import KhalaError, PromptError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -37,7 +37,7 @@ class Tokenizer:
         """Read a tokenizer.json.
 
         Raises:
-            WeightsError: if it cannot be read, is not a tokenizer, or gives tokens other ids than
+            KhalaError: if it cannot be read, is not a tokenizer, or gives tokens other ids than
                 it declares.
         """
         import tokenizers
@@ -46,9 +46,9 @@ class Tokenizer:
             text = Path(path).read_text(encoding="utf-8")
             backend = tokenizers.Tokenizer.from_str(text)
         except OSError as error:
-            raise WeightsError(f"{path} cannot be read: {error.strerror}.") from error
+            raise KhalaError(f"{path} cannot be read: {error.strerror}.") from error
         except Exception as error:  # the package raises bare Exceptions
-            raise WeightsError(f"{path} is not a valid tokenizer file: {error}.") from error
+            raise KhalaError(f"{path} is not a valid tokenizer file: {error}.") from error
         _check_declared_ids(backend, json.loads(text), path)
         return cls(backend)
 
@@ -74,10 +74,10 @@ class Tokenizer:
         """Id of the special token `name`.
 
         Raises:
-            WeightsError: if there is none.
+            KhalaError: if there is none.
         """
         if name not in self._special:
-            raise WeightsError(f"The tokenizer has no special token {name}.")
+            raise KhalaError(f"The tokenizer has no special token {name}.")
         return self._special[name]
 
     def decode(self, ids: list[int]) -> str:
@@ -88,11 +88,11 @@ class Tokenizer:
         """Refuse a tokenizer whose ids do not agree with the token layout of the model.
 
         Raises:
-            WeightsError: listing every disagreement.
+            KhalaError: listing every disagreement.
         """
         problems = self._missing(layout) + self._misplaced(layout)
         if problems:
-            raise WeightsError(f"The tokenizer does not fit the model: {'; '.join(problems)}.")
+            raise KhalaError(f"The tokenizer does not fit the model: {'; '.join(problems)}.")
 
     def _encode_apart(self, text: str) -> list[int]:
         encoding = self._backend.encode(text, add_special_tokens=False)
@@ -152,6 +152,6 @@ def _check_declared_ids(backend: tokenizers.Tokenizer, data: Any, path: str | Pa
     # The package renumbers added tokens that leave a gap after the vocabulary, without a word.
     for token in data.get("added_tokens") or []:
         if (actual := backend.token_to_id(token["content"])) != token["id"]:
-            raise WeightsError(
+            raise KhalaError(
                 f"{path} gives {token['content']} the id {token['id']}, but it loads as {actual}."
             )

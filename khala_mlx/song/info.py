@@ -17,7 +17,7 @@ from khala_mlx.audio.files import load_codes, quiet_decoder, read_sound
 from khala_mlx.audio.loudness import MOST_CHANNELS, levels
 from khala_mlx.audio.plot import check_picture, draw
 from khala_mlx.config import KhalaConfig
-from khala_mlx.errors import AudioError, KhalaError, WeightsError
+from khala_mlx.errors import AudioError, KhalaError
 from khala_mlx.model.weights import PARTS, part_files
 from khala_mlx.prompt.request import Request
 from khala_mlx.prompt.scope import Scope
@@ -185,5 +185,5 @@ def _header(path: Path) -> dict[str, Any]:
         AttributeError,
         RecursionError,
     ) as error:
-        raise WeightsError(f"{path} is not a complete safetensors file.") from error
+        raise KhalaError(f"{path} is not a complete safetensors file.") from error
     return dict(header)

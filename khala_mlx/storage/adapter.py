@@ -1,6 +1,6 @@
-"""Adapters of the backbone as files: mlx-lm's layout, and what must hold for a model to take one.
+"""Adapters of the backbone as files in mlx-lm's layout, and the check that one fits a model.
 
-Knows shapes and names, no models; how a layer works with an adapter on it is in lora.py.
+This file knows shapes and names; model/lora.py applies adapters to layers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from khala_mlx.config import ATTENTION_LINEARS, KhalaConfig, read_object
-from khala_mlx.errors import AdapterError
+from khala_mlx.errors import KhalaError
 from khala_mlx.storage.atomic import appears_whole
 from khala_mlx.storage.shapes import linear_sizes
 from khala_mlx.text import listed, shown
@@ -26,12 +26,12 @@ WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 
 @dataclass(frozen=True)
 class Pair:
-    """What an adapter holds for one linear layer, float32: y + scale * x A B.
+    """The arrays of an adapter for one linear layer, float32: y + scale * x A B.
 
     Attributes:
         a: [in, r].
         b: [r, out].
-        m: DoRA's lengths of the rows of the changed matrix, [out]; None for LoRA.
+        m: DoRA's norms of the rows of the changed matrix, [out]; None for LoRA.
     """
 
     a: np.ndarray
@@ -41,12 +41,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Extent:
-    """What adapters at work add to a backbone, in memory float32.
+    """The size of what adapters add to a backbone, float32 in memory.
 
     Attributes:
-        parameters: numbers in all their pairs.
-        widest: the most columns, coming in or going out, of a layer that has one.
-        dora: whether lengths of rows are set, too.
+        parameters: count of numbers in all pairs.
+        widest: the largest input or output width of an adapted layer.
+        dora: whether one of them is DoRA.
     """
 
     parameters: int = 0
@@ -59,9 +59,9 @@ NO_ADAPTERS = Extent()
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA or DoRA adapter; `pairs` go by the layer's path, layers.0.self_attn.q_proj.
+    """A LoRA or DoRA adapter; keys of `pairs` are paths such as layers.0.self_attn.q_proj.
 
-    `base` is the backbone it was trained on (see `backbone_id`), if that is known.
+    `base` identifies the backbone it was trained on (see `backbone_id`), if that is known.
     """
 
     name: str
@@ -74,20 +74,20 @@ class Adapter:
         """Read a folder with adapters.safetensors and adapter_config.json, as mlx-lm writes them.
 
         Raises:
-            AdapterError: if one is missing, damaged, or of another kind than LoRA and DoRA.
+            KhalaError: if one is missing, damaged, or of another kind than LoRA and DoRA.
         """
-        about = read_config(folder / CONFIG)
+        about = read_object(folder / CONFIG)
         kind, how = about.get("fine_tune_type", "lora"), about.get("lora_parameters")
         scale: Any = how.get("scale") if isinstance(how, dict) else None
         if kind not in ("lora", "dora") or not is_finite(scale):
-            raise AdapterError(f"{folder / CONFIG} describes no LoRA or DoRA adapter of mlx-lm.")
+            raise KhalaError(f"{folder / CONFIG} is not a LoRA or DoRA config of mlx-lm.")
         base = about.get("base")
         known = base.get("backbone") if isinstance(base, dict) else None
         return cls(folder.resolve().name, float(scale), pairs_of(_arrays(folder / WEIGHTS)), known)
 
     @property
     def sha256(self) -> str:
-        """Of all values, names and the scale: what two adapters with the same effect share."""
+        """The digest of all values, names and the scale; adapters of the same effect share it."""
         digest = hashlib.sha256(repr(self.scale).encode())
         for path, leaf, array in self.leaves():
             digest.update(f"{path}.{leaf} {array.shape}".encode())
@@ -96,12 +96,12 @@ class Adapter:
 
     @property
     def dora(self) -> bool:
-        """Whether it sets the lengths of rows, too."""
+        """Whether this is DoRA."""
         return any(pair.m is not None for pair in self.pairs.values())
 
     @property
     def extent(self) -> Extent:
-        """What it adds to a backbone."""
+        """The size of what it adds to a backbone."""
         pairs = self.pairs.values()
         return Extent(
             sum(array.size for _, _, array in self.leaves()),
@@ -110,10 +110,10 @@ class Adapter:
         )
 
     def about(self) -> dict[str, Any]:
-        """adapter_config.json in mlx-lm's terms; `base` is this package's own."""
+        """Return adapter_config.json in mlx-lm's terms; only `base` is of this package."""
         layers = {int(path.split(".")[1]) for path in self.pairs}
         keys = {path.split(".", 2)[2] for path in self.pairs}
-        told: dict[str, Any] = {
+        about: dict[str, Any] = {
             "fine_tune_type": "dora" if self.dora else "lora",
             "num_layers": max(layers) - min(layers) + 1,
             "lora_parameters": {
@@ -123,10 +123,10 @@ class Adapter:
                 "keys": sorted(keys),
             },
         }
-        return told if self.base is None else {**told, "base": {"backbone": self.base}}
+        return about if self.base is None else {**about, "base": {"backbone": self.base}}
 
     def leaves(self) -> Iterable[tuple[str, str, np.ndarray]]:
-        """(path of the layer, lora_a, lora_b or m, values) of every array, sorted by path."""
+        """Yield (layer path, lora_a, lora_b or m, values) of every array, sorted by path."""
         for path, pair in sorted(self.pairs.items()):
             yield path, "lora_a", pair.a
             yield path, "lora_b", pair.b
@@ -134,79 +134,76 @@ class Adapter:
                 yield path, "m", pair.m
 
     def check(self, config: KhalaConfig, strength: float = 1.0) -> None:
-        """Refuse to work, at this strength, on a model that this adapter does not fit.
+        """Check that this adapter fits a model at this strength.
 
         Raises:
-            AdapterError: naming every layer the model does not have, every misshapen array, and
-                arrays that are not finite, or would not be once scaled; or that the adapter
-                belongs to another backbone.
+            KhalaError: naming every unknown layer, every misshapen array, every array that is not
+                finite; or if values overflow when scaled, or the backbone is another.
         """
         sizes = linear_sizes(config.backbone)
         if not self.pairs:
-            raise AdapterError(f"The adapter {shown(self.name)} is empty.")
+            raise KhalaError(f"The adapter {shown(self.name)} is empty.")
         if unknown := sorted(set(self.pairs) - set(sizes)):
-            raise AdapterError(
+            raise KhalaError(
                 f"The adapter {shown(self.name)} is for layers that the backbone does not have: "
                 f"{listed(unknown)}."
             )
         if wrong := [t for path, pair in self.pairs.items() for t in _wrong(path, pair, sizes)]:
-            raise AdapterError(
+            raise KhalaError(
                 f"The adapter {shown(self.name)} does not fit the backbone: {listed(wrong)}."
             )
         if bad := [f"{path}.{leaf}" for path, leaf, a in self.leaves() if not np.isfinite(a).all()]:
-            raise AdapterError(
-                f"The adapter {shown(self.name)} holds values that are not finite: {listed(bad)}."
+            raise KhalaError(
+                f"The adapter {shown(self.name)} contains NaN or infinity: {listed(bad)}."
             )
         factor = abs(self.scale * strength)
         largest = max(float(np.abs(pair.b).max(initial=0)) for pair in self.pairs.values())
-        # Not so where either is not a number.
         if not (math.isfinite(factor) and largest * factor <= float(np.finfo(np.float32).max)):
-            raise AdapterError(
-                f"The adapter {shown(self.name)} cannot be scaled by {self.scale:g}, nor at a "
-                f"strength of {strength:g}: its values would not be finite."
+            raise KhalaError(
+                f"The adapter {shown(self.name)} overflows at scale {self.scale:g} and strength "
+                f"{strength:g}. Use a lower strength."
             )
         if self.base is not None and self.base != backbone_id(config):
-            raise AdapterError(
+            raise KhalaError(
                 f"The adapter {shown(self.name)} was trained on another backbone "
                 f"({self.base[:12]}, this one is {backbone_id(config)[:12]})."
             )
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value, of a file perhaps, is a number that a float holds."""
+    """Return whether a value is a finite number; JSON may hold integers beyond any float."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # Any whole number can stand in JSON.
     return number and bool(abs(value) < 2.0**1023)
 
 
 def module_key(module: str) -> str:
-    """q_proj -> self_attn.q_proj: where in a layer a linear layer is."""
+    """Return the path of a linear layer inside its block: q_proj -> self_attn.q_proj."""
     return f"{'self_attn' if module in ATTENTION_LINEARS else 'mlp'}.{module}"
 
 
 def backbone_id(config: KhalaConfig) -> str:
-    """A sha256 that model folders share if their backbones are the same weights.
+    """Return a sha256 that model folders share if their backbones are the same weights.
 
-    It covers sizes, token layout, biases and the checksums of what the backbone was made from, but
-    neither dtype nor packing: an adapter trained on 4-bit weights fits the ones they were made of.
+    It covers sizes, token layout, biases and the checksums of the source files. It leaves out dtype
+    and quantization: an adapter trained on 4-bit weights fits the weights before quantization.
     """
     files = config.source.get("files")
     files = files if isinstance(files, dict) else {}
-    told = {
+    identity = {
         "backbone": config.backbone.to_dict(),
         "tokens": config.tokens.to_dict(),
         "fc1_bias": config.fc1_bias,
         "files": {name: sha for name, sha in files.items() if "backbone" in name},
         "fused": config.source.get("fused"),
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def pairs_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Pair]:
-    """Arrays under mlx-lm's names, with or without its `model.`, as pairs by layer.
+    """Group arrays under mlx-lm's names, with or without `model.`, into pairs by layer path.
 
     Raises:
-        AdapterError: naming every array that belongs to no pair.
+        KhalaError: naming every array that is not part of a pair.
     """
     leaves: dict[str, dict[str, np.ndarray]] = {}
     for name, array in arrays.items():
@@ -221,7 +218,7 @@ def pairs_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Pair]:
         or min(parts["lora_a"].ndim, parts["lora_b"].ndim) < 2
     ]
     if odd:
-        raise AdapterError(f"The adapter holds arrays that belong to no LoRA pair: {listed(odd)}.")
+        raise KhalaError(f"The adapter has arrays that are not part of a LoRA pair: {listed(odd)}.")
     return {path: Pair(p["lora_a"], p["lora_b"], p.get("m")) for path, p in leaves.items()}
 
 
@@ -240,21 +237,16 @@ def save_adapter(
         config.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """adapter_config.json, of mlx-lm or of PEFT."""
-    return read_object(path, AdapterError)
-
-
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     import mlx.core as mx
 
     if not path.is_file():
-        raise AdapterError(f"{path} is missing; a folder made by `khala train lora` has it.")
+        raise KhalaError(f"{path} is missing. Choose a folder made by `khala train lora`.")
     try:
         loaded: Any = mx.load(str(path), format="safetensors")
         return {name: np.array(array.astype(mx.float32)) for name, array in loaded.items()}
     except (RuntimeError, ValueError) as error:
-        raise AdapterError(f"{path} is not a complete safetensors file.") from error
+        raise KhalaError(f"{path} is not a complete safetensors file.") from error
 
 
 def _wrong(path: str, pair: Pair, sizes: Mapping[str, tuple[int, int]]) -> list[str]:

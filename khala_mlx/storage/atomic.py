@@ -18,7 +18,7 @@ from khala_mlx.errors import KhalaError
 
 _unfinished: set[Path] = set()
 _lock = threading.Lock()
-# Other machines may write to the same folder, and only this one's processes can be asked after.
+# Other machines may write to the same folder, and only processes of this one can be looked up.
 _HOST = hashlib.sha256(socket.gethostname().split(".")[0].encode()).hexdigest()[:6]
 _TEMPORARY = re.compile(rf"\..*\.khala-{_HOST}-(\d+)(\..*)?")
 
@@ -27,12 +27,12 @@ _TEMPORARY = re.compile(rf"\..*\.khala-{_HOST}-(\d+)(\..*)?")
 def appears_whole(
     destination: Path, *, folder: bool = False, overwrite: bool = False
 ) -> Iterator[Path]:
-    """Yield a temporary path beside `destination`; rename it when the block ends well.
+    """Yield a temporary path beside `destination`, and rename it if the block succeeds.
 
-    The temporary file keeps the suffix of the destination, so that writers that choose a format
-    by suffix work. It reaches the disk before it is renamed, so that not even a power cut leaves
-    half of it. When the block raises, the temporary path is removed, and so are those that killed
-    processes left in the same folder.
+    The temporary path keeps the suffix of the destination, for writers that choose a format by
+    suffix. It is flushed to disk before it is renamed, so that a power cut leaves no half file. If
+    the block raises, the temporary path is removed. So are those that killed processes left in the
+    same folder.
 
     Raises:
         KhalaError: if the destination exists (and `overwrite` is false) or cannot be written.
@@ -41,8 +41,7 @@ def appears_whole(
         check_absent(destination)
     name = f".{destination.stem}.khala-{_HOST}-{os.getpid()}{destination.suffix}"
     temporary = destination.with_name(name)
-    with _lock:
-        _unfinished.add(temporary.absolute())
+    _register(temporary)
     try:
         if folder:
             temporary.mkdir(parents=True)
@@ -56,40 +55,31 @@ def appears_whole(
         reason = error.strerror or str(error)
         raise KhalaError(f"{destination} cannot be written: {reason}.") from error
     except RuntimeError as error:
-        # How MLX says that a file could not be written; it does not say why.
+        # MLX reports that a file could not be written in this way, without the reason.
         if not str(error).startswith(("[write]", "[save_safetensors]")):
             raise
-        raise KhalaError(f"{destination} cannot be written: the disk may be full.") from error
+        raise KhalaError(f"{destination} cannot be written. The disk may be full.") from error
     finally:
         _remove(temporary)
-        with _lock:
-            _unfinished.discard(temporary.absolute())
+        _forget(temporary)
 
 
 @contextmanager
 def provisional(path: Path) -> Iterator[Callable[[], None]]:
-    """Remove `path` when an error or Ctrl-C ends the block, unless what it yields was called."""
-
-    def settle() -> None:
-        with _lock:
-            _unfinished.discard(path.absolute())
-
-    with _lock:
-        _unfinished.add(path.absolute())
+    """Remove `path` if an error or Ctrl-C ends the block; calling the yielded function keeps it."""
+    _register(path)
     try:
-        yield settle
+        yield lambda: _forget(path)
     except BaseException:
-        with _lock:
-            unsettled = path.absolute() in _unfinished
-        if unsettled:
+        if _registered(path):
             _remove(path)
         raise
     finally:
-        settle()
+        _forget(path)
 
 
 def discard_unfinished() -> None:
-    """Remove every temporary path of this process; the command line calls it on Ctrl-C."""
+    """Remove every temporary path of this process, as the command line does on Ctrl-C."""
     with _lock:
         paths = list(_unfinished)
     for path in paths:
@@ -97,7 +87,7 @@ def discard_unfinished() -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary paths that processes of this machine left in `folder` when killed."""
+    """Remove the temporary paths that killed processes of this machine left in `folder`."""
     with suppress(OSError), os.scandir(folder) as entries:
         found = [(entry.name, _TEMPORARY.fullmatch(entry.name)) for entry in entries]
         for name, match in found:
@@ -106,7 +96,7 @@ def sweep(folder: Path) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Whether `path` exists; one that cannot, as its name is too long, does not."""
+    """Return whether `path` exists; a path whose name is too long does not."""
     try:
         return path.exists()
     except OSError:
@@ -114,13 +104,13 @@ def is_there(path: Path) -> bool:
 
 
 def check_absent(destination: Path) -> None:
-    """Refuse a destination that exists, dangling links included."""
+    """Raise KhalaError if a destination exists, also as a dangling link."""
     if os.path.lexists(destination):
-        raise KhalaError(f"{destination} exists already; remove it or choose another name.")
+        raise KhalaError(f"{destination} exists already. Remove it or choose another name.")
 
 
 def check_destination(destination: Path) -> None:
-    """Refuse, before any work, a destination that exists or whose place cannot be written to."""
+    """Raise KhalaError, before any work, if a destination exists or cannot be written."""
     check_absent(destination)
     try:
         with suppress(FileNotFoundError):
@@ -144,10 +134,24 @@ def _rename(temporary: Path, destination: Path, overwrite: bool) -> None:
     temporary.replace(destination)
 
 
+def _register(path: Path) -> None:
+    with _lock:
+        _unfinished.add(path.absolute())
+
+
+def _forget(path: Path) -> None:
+    with _lock:
+        _unfinished.discard(path.absolute())
+
+
+def _registered(path: Path) -> bool:
+    with _lock:
+        return path.absolute() in _unfinished
+
+
 def _in_use(path: Path, process: int) -> bool:
     if process == os.getpid():
-        with _lock:
-            return path.absolute() in _unfinished
+        return _registered(path)
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -158,7 +162,7 @@ def _in_use(path: Path, process: int) -> bool:
 
 
 def _flush(path: Path) -> None:
-    """Wait until what was written to a file, or to the files of a folder, is on the disk."""
+    """Wait until a file, or the files of a folder, have reached the disk."""
     for each in path.rglob("*") if path.is_dir() else (path,):
         if each.is_file() and not each.is_symlink():
             with each.open("rb") as file:
@@ -170,7 +174,7 @@ def _flush(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    # Asking what a path is fails, too, where its name is too long.
+    # is_dir raises, too, if the name is too long.
     with suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

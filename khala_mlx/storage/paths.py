@@ -1,4 +1,4 @@
-"""Where things are kept on this machine."""
+"""Folders of this machine: the cache, downloaded models, and the user's settings."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from khala_mlx.errors import KhalaError
 
 
 def cache_folder() -> Path:
-    """What can be fetched or learnt again: KHALA_CACHE, or khala in the user's cache folder.
+    """Return the folder for downloads and measurements: KHALA_CACHE, or ~/.cache/khala.
 
-    On macOS too it is ~/.cache, as for Hugging Face's own downloads: the system empties
-    ~/Library/Caches when the disk is full, and iCloud takes away what lies under ~/Documents.
+    It is ~/.cache on macOS too, as for Hugging Face's own downloads: the system empties
+    ~/Library/Caches when the disk is full, and iCloud moves files out of ~/Documents.
     """
     if given := _named("KHALA_CACHE"):
         return given
@@ -21,31 +21,31 @@ def cache_folder() -> Path:
         return (Path(cache) if cache else Path.home() / ".cache") / "khala"
     except RuntimeError as error:
         raise KhalaError(
-            "This user has no home folder: name one for the cache by KHALA_CACHE."
+            "This user has no home folder. Set KHALA_CACHE to a folder for the cache."
         ) from error
 
 
 def models_folder() -> Path:
-    """Downloaded models: KHALA_MODELS, or models in the cache folder."""
+    """Return the folder of downloaded models: KHALA_MODELS, or models in the cache folder."""
     return _named("KHALA_MODELS") or cache_folder() / "models"
 
 
 def named_settings() -> Path | None:
-    """The user's own defaults, if KHALA_CONFIG names them."""
+    """Return the settings file that KHALA_CONFIG names, if it is set."""
     return _named("KHALA_CONFIG")
 
 
 def model_name(source: str) -> str:
-    """The folder's name of a downloaded repository: owner/name -> owner--name."""
+    """Return the folder name of a downloaded repository: owner/name -> owner--name."""
     return source.replace("/", "--")
 
 
 def _named(variable: str) -> Path | None:
-    """What an environment variable names, if it is set."""
+    """Return the path in an environment variable, if it is set."""
     given = os.environ.get(variable)
     try:
         return Path(given).expanduser() if given else None
     except RuntimeError as error:
         raise KhalaError(
-            f"{variable} names the home of a user who is not here: {given}."
+            f"{variable} is {given}, but there is no such user. Set it to another folder."
         ) from error

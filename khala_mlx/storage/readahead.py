@@ -1,4 +1,4 @@
-"""Files read before they are needed, so that the system has them in memory by then."""
+"""Read files in the background, so that they are in the system's file cache when needed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ _BLOCK = 8 << 20
 
 
 class ReadAhead:
-    """Reads files to their ends in a thread of its own and keeps nothing.
+    """Reads files to their ends in its own thread and discards the data.
 
-    What was read stays in the system's file cache as long as nothing else needs the memory. No
-    array is made, for MLX's arrays belong to the thread that makes them; who loads the files
-    meanwhile or later gets the same bytes.
+    The data stays in the system's file cache while nothing else needs the memory. No array is made,
+    because MLX's arrays belong to the thread that makes them.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -24,17 +23,17 @@ class ReadAhead:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until all is read."""
+        """Wait until all files are read."""
         self._thread.join()
 
     def stop(self) -> None:
-        """Read no further."""
+        """Stop reading."""
         self._stopped.set()
         self._thread.join()
 
     def _run(self, paths: list[Path]) -> None:
         block = bytearray(_BLOCK)
-        # Who loads the files says what is wrong with them.
+        # Loading the files reports what is wrong with them.
         with suppress(OSError):
             for path in paths:
                 with path.open("rb", buffering=0) as file:

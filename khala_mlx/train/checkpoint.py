@@ -12,7 +12,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from khala_mlx.errors import WeightsError
+from khala_mlx.errors import KhalaError
 from khala_mlx.storage.atomic import appears_whole
 
 FILE = "checkpoint.safetensors"
@@ -50,11 +50,11 @@ def load(
         The checkpoint's step and state.
 
     Raises:
-        WeightsError: if there is none, it is damaged, or belongs to other settings.
+        KhalaError: if there is none, it is damaged, or belongs to other settings.
     """
     path = folder / FILE
     if not path.is_file():
-        raise WeightsError(f"{folder} has no checkpoint to resume from.")
+        raise KhalaError(f"{folder} has no checkpoint to resume from.")
     try:
         loaded: Any = mx.load(str(path), return_metadata=True)
         arrays, about = loaded
@@ -66,11 +66,11 @@ def load(
             part, rest = name.split(".", 1)
             parts[part][rest] = array
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{path} is not a complete checkpoint.") from error
+        raise KhalaError(f"{path} is not a complete checkpoint.") from error
     if made_with != json.loads(json.dumps(settings)):
-        raise WeightsError(f"{path} was made with other settings or songs; resume with the same.")
+        raise KhalaError(f"{path} was made with other settings or songs; resume with the same.")
     if _shapes(parts["model"]) != _shapes(dict(tree_flatten(weights))):
-        raise WeightsError(f"{path} holds other weights than this training learns.")
+        raise KhalaError(f"{path} holds other weights than this training learns.")
     model.load_weights(list(parts["model"].items()), strict=False)
     optimizer.state = tree_unflatten(list(parts["optimizer"].items()))
     return step, parts["state"]

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from khala_mlx.config import CodecConfig
-from khala_mlx.errors import WeightsError
+from khala_mlx.errors import KhalaError
 from khala_mlx.model.codec import Codec
 from khala_mlx.model.weights import fill_part
 from khala_mlx.train import codebooks as rvq
@@ -220,6 +220,6 @@ def load_codec(folder: Path) -> Codec:
     try:
         sizes = json.loads(config.read_text(encoding="utf-8"))["codec"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{folder} holds no finished codec run.") from error
+        raise KhalaError(f"{folder} holds no finished codec run.") from error
     codec = Codec(CodecConfig.from_dict(sizes, str(config)))
     return fill_part(codec, folder, "codec", mx.float32)

@@ -168,7 +168,7 @@ def test_a_take_leads_neither_elsewhere_nor_to_the_hub(
     take.source = "~nobody-of-that-name"
     take.save(Path("e.take.safetensors"))
     failed(run("generate", "--resume", "e.take.safetensors"), "Name it with --model")
-    failed(run("render", "e.take.safetensors", "-m", take.source), "nor such a user")
+    failed(run("render", "e.take.safetensors", "-m", take.source), "its user does not exist")
     take.options["suffix"] = "/../../x.wav"
     take.save(Path("c.take.safetensors"))
     result = run("generate", "--resume", "c.take.safetensors", "-m", tiny_folder)

@@ -23,7 +23,7 @@ from khala_mlx.cli import main
 from khala_mlx.config import KhalaConfig
 from khala_mlx.convert import convert, export_adapter
 from khala_mlx.model import weights
-from khala_mlx.model.lora import matrix
+from khala_mlx.model.transformer import matrix
 from khala_mlx.storage.adapter import Adapter, Pair, backbone_id
 
 CONFIG = KhalaConfig.tiny()
@@ -143,8 +143,8 @@ def test_what_does_not_fit_is_refused_and_the_rest_stays(
         ([tmp_path / "absent"], None, "cannot be read"),
         ([other], None, "another backbone"),
         ([good], [1.0, 2.0], "1 adapters, but 2 scales"),
-        ([good], [float("nan")], "must be a number"),
-        ([good], ["1"], "must be a number"),
+        ([good], [float("nan")], "must be a finite number"),
+        ([good], ["1"], "must be a finite number"),
     ):
         with pytest.raises(KhalaError, match=sentence):
             khala.load_adapters(adapters, scales)
@@ -171,7 +171,7 @@ def test_on_packed_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dora:
     write_tiny_model(tmp_path / "plain")
     packed = tmp_path / "packed"
     convert(tmp_path / "plain", packed, dtype="float32", quantize=8, group_size=32)
-    monkeypatch.setattr(weights, "CPU_UNPACKED_BYTES", 0)
+    monkeypatch.setattr(weights, "CPU_DEQUANTIZED_BYTES", 0)
     khala, adapter = Khala.from_pretrained(packed), random_adapter(CONFIG, dora=dora)
     base = khala.backbone(IDS)
     assert "scales" in khala.backbone.layers[0].mlp.up_proj

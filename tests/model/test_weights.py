@@ -14,7 +14,7 @@ from upstream_rules import write_tokens
 from khala_mlx import Khala, KhalaError
 from khala_mlx.config import KhalaConfig
 from khala_mlx.convert import convert
-from khala_mlx.errors import KhalaWarning, WeightsError
+from khala_mlx.errors import KhalaWarning
 from khala_mlx.model import weights
 from khala_mlx.model.backbone import Backbone
 from khala_mlx.model.weights import fingerprint, load_part
@@ -149,7 +149,7 @@ def layer_types(model: nn.Module) -> set[type]:
 
 
 def stay_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "CPU_UNPACKED_BYTES", 100)
+    monkeypatch.setattr(weights, "CPU_DEQUANTIZED_BYTES", 100)
 
 
 @pytest.mark.usefixtures("on_the_cpu")
@@ -198,7 +198,7 @@ def test_the_limit_counts_a_part_as_if_unpacked(
     model = Backbone(config.backbone, config.tokens)
     size = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     for limit, kind in ((size, nn.Linear), (size - 1, nn.QuantizedLinear)):
-        monkeypatch.setattr(weights, "CPU_UNPACKED_BYTES", limit)
+        monkeypatch.setattr(weights, "CPU_DEQUANTIZED_BYTES", limit)
         assert type(Khala.from_pretrained(packed_folder).backbone.lm_head) is kind
 
 
@@ -213,10 +213,10 @@ def test_packed_layers_stay_packed_on_a_gpu(
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "reason"), [(7, 32, "quantisation"), (8, 64, "divisible .* size 64")]
+    ("bits", "group_size", "reason"), [(7, 32, "quantization"), (8, 64, "divisible .* size 64")]
 )
 @pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
-def test_a_quantisation_that_mlx_lacks_or_the_width_forbids_is_one_sentence(
+def test_a_quantization_that_mlx_lacks_or_the_width_forbids_is_one_sentence(
     folder: Path, layer: str, bits: int, group_size: int, reason: str
 ) -> None:
     config = json.loads((folder / "config.json").read_text())
@@ -263,5 +263,5 @@ def test_a_fingerprint_tells_models_apart(tiny_folder: Path, tmp_path: Path) -> 
         assert fingerprint(copy) != fingerprint(tiny_folder)
         (copy / name).write_bytes(content)
     (copy / "codec.safetensors").unlink()
-    with pytest.raises(WeightsError, match="does not have codec"):
+    with pytest.raises(KhalaError, match="does not have codec"):
         fingerprint(copy)

@@ -62,7 +62,7 @@ def test_bytes_are_those_of_the_weights_as_they_are_held(
     convert(source, packed, dtype="float32", quantize=4, group_size=32)
     if kept_packed:
         for module in (envelope, weights):
-            monkeypatch.setattr(module, "CPU_UNPACKED_BYTES", 0)
+            monkeypatch.setattr(module, "CPU_DEQUANTIZED_BYTES", 0)
     khala = Khala.from_pretrained(packed)
     told = measured(khala.parts, "x", {"cached": 20, "rows": 20, "turns": 1}, 1)["compose"]
     # The biases of quantized layers are added apart from their products, and not counted as read.

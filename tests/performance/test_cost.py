@@ -10,7 +10,7 @@ from khala_mlx.config import CodecConfig, KhalaConfig, Quantization, Transformer
 from khala_mlx.model.backbone import Backbone
 from khala_mlx.model.codec import Codec
 from khala_mlx.model.superres import SuperRes
-from khala_mlx.model.weights import pack_layers
+from khala_mlx.model.weights import quantize_layers
 from khala_mlx.performance import cost as counts
 from khala_mlx.performance.op_counter import Tally
 
@@ -46,7 +46,7 @@ def test_bytes_of_packed_layers(how: Quantization) -> None:
     paths = ["lm_head", "layers.0.mlp.up_proj", "layers.1.self_attn.q_proj"]
     config = replace(config, quantization={f"backbone.{path}": how for path in paths})
     model = Backbone(config.backbone, config.tokens)
-    pack_layers(model, "backbone", config)
+    quantize_layers(model, "backbone", config)
     assert counts.transformer_bytes(config, "backbone", 4) == size(model)
 
 

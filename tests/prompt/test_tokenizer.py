@@ -8,7 +8,7 @@ from tiny_tokenizer import write_tiny_tokenizer
 from tokenizers import Tokenizer as Backend
 
 from khala_mlx.config import SpecialTokens, TokenLayout
-from khala_mlx.errors import KhalaError, PromptError, WeightsError
+from khala_mlx.errors import KhalaError, PromptError
 from khala_mlx.prompt.tokenizer import Tokenizer, prompt_specials
 
 TINY = TokenLayout.tiny()
@@ -136,18 +136,18 @@ def test_missing_special_is_named(tiny: Tokenizer) -> None:
 def test_corrupt_file(content: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(content)
-    with pytest.raises(WeightsError, match="not a valid tokenizer"):
+    with pytest.raises(KhalaError, match="not a valid tokenizer"):
         Tokenizer.from_file(path)
 
 
 def test_unreadable_files(small_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="No such file"):
+    with pytest.raises(KhalaError, match="No such file"):
         Tokenizer.from_file(tmp_path / "absent.json")
-    with pytest.raises(WeightsError, match="cannot be read"):
+    with pytest.raises(KhalaError, match="cannot be read"):
         Tokenizer.from_file(tmp_path)
     for content in (small_path.read_bytes()[:5000], b"\xff\xfe{}"):
         (tmp_path / "half.json").write_bytes(content)
-        with pytest.raises(WeightsError, match="not a valid tokenizer"):
+        with pytest.raises(KhalaError, match="not a valid tokenizer"):
             Tokenizer.from_file(tmp_path / "half.json")
 
 
@@ -155,7 +155,7 @@ def test_silent_renumbering_is_refused(small_path: Path, tmp_path: Path) -> None
     data = json.loads(small_path.read_text())
     vocabulary = {t: id for t, id in data["model"]["vocab"].items() if id < 128000}
     path = change(small_path, tmp_path, model={**data["model"], "vocab": vocabulary})
-    with pytest.raises(WeightsError, match="id 128000, but it loads as"):
+    with pytest.raises(KhalaError, match="id 128000, but it loads as"):
         Tokenizer.from_file(path)
 
 
@@ -171,7 +171,7 @@ def test_check_lists_every_missing_special(tiny: Tokenizer) -> None:
     layout = TokenLayout.tiny()
     names = SpecialTokens(begin="<s>", audio="<audio>")
     object.__setattr__(layout, "specials", names)
-    with pytest.raises(WeightsError, match="no special token <s>, <audio>"):
+    with pytest.raises(KhalaError, match="no special token <s>, <audio>"):
         tiny.check(layout)
 
 
@@ -186,7 +186,7 @@ def test_check_lists_every_missing_special(tiny: Tokenizer) -> None:
 )
 def test_check_finds_colliding_ids(changes: dict[str, int], message: str, tiny: Tokenizer) -> None:
     layout = TokenLayout(**{**vars(TINY), **changes})
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(KhalaError, match=message):
         tiny.check(layout)
 
 
@@ -196,7 +196,7 @@ def test_ordinary_added_tokens_do_not_count_as_special(tmp_path: Path) -> None:
     for token in added:
         token["special"] = False
     tokenizer = Tokenizer.from_file(change(path, tmp_path, added_tokens=added))
-    with pytest.raises(WeightsError, match="no special token"):
+    with pytest.raises(KhalaError, match="no special token"):
         tokenizer.check(TINY)
 
 

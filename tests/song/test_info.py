@@ -41,7 +41,7 @@ def test_numbers_that_are_none_are_told(tmp_path: Path, wrong: float) -> None:
     wave = np.full((44100, 1), 0.1, np.float32)
     wave[500] = wrong
     soundfile.write(tmp_path / "a.wav", wave, 44100, subtype="FLOAT")
-    with pytest.raises(AudioError, match="a.wav contains NaN or infinite samples"):
+    with pytest.raises(AudioError, match="a.wav has NaN or infinite samples"):
         describe(tmp_path / "a.wav")
 
 

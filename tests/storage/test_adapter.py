@@ -12,7 +12,7 @@ from tiny_songs import random_adapter
 
 from khala_mlx.config import KhalaConfig, Quantization
 from khala_mlx.convert import export_adapter
-from khala_mlx.errors import AdapterError
+from khala_mlx.errors import KhalaError
 from khala_mlx.storage.adapter import (
     Adapter,
     Pair,
@@ -91,9 +91,9 @@ def test_every_layer_the_model_lacks_is_named() -> None:
     adapter = changed(
         random_adapter(CONFIG), **{"layers.7.self_attn.q_proj": pair, "lm_head": pair}
     )
-    with pytest.raises(AdapterError, match=r"not have: layers\.7\.self_attn\.q_proj, lm_head\."):
+    with pytest.raises(KhalaError, match=r"not have: layers\.7\.self_attn\.q_proj, lm_head\."):
         adapter.check(CONFIG)
-    with pytest.raises(AdapterError, match="is empty"):
+    with pytest.raises(KhalaError, match="is empty"):
         Adapter("none", 1.0, {}).check(CONFIG)
 
 
@@ -103,7 +103,7 @@ def test_every_misshapen_array_is_named() -> None:
     adapter = changed(
         random_adapter(CONFIG), **{"layers.0.self_attn.q_proj": wide, "layers.1.mlp.up_proj": flat}
     )
-    with pytest.raises(AdapterError) as error:
+    with pytest.raises(KhalaError) as error:
         adapter.check(CONFIG)
     for text in (
         "layers.0.self_attn.q_proj.lora_a has shape [33, 2] instead of [32, 2]",
@@ -117,13 +117,15 @@ def test_every_misshapen_array_is_named() -> None:
 def test_values_that_are_not_finite_are_named() -> None:
     bad = Pair(np.full((32, 2), np.nan, np.float32), np.zeros((2, 32), np.float32))
     adapter = changed(random_adapter(CONFIG), **{"layers.1.self_attn.q_proj": bad})
-    with pytest.raises(AdapterError, match=r"not finite: layers\.1\.self_attn\.q_proj\.lora_a\."):
+    with pytest.raises(
+        KhalaError, match=r"NaN or infinity: layers\.1\.self_attn\.q_proj\.lora_a\."
+    ):
         adapter.check(CONFIG)
 
 
 def test_an_adapter_of_another_backbone_is_refused() -> None:
     random_adapter(CONFIG, base=backbone_id(CONFIG)).check(CONFIG)
-    with pytest.raises(AdapterError, match="was trained on another backbone"):
+    with pytest.raises(KhalaError, match="was trained on another backbone"):
         random_adapter(CONFIG, base=backbone_id(from_sources(files={"backbone": "1"}))).check(
             CONFIG
         )
@@ -131,7 +133,9 @@ def test_an_adapter_of_another_backbone_is_refused() -> None:
 
 def test_arrays_without_a_partner_are_named() -> None:
     array = np.zeros((2, 2), np.float32)
-    with pytest.raises(AdapterError, match=r"no LoRA pair: layers\.0\.x\.lora_a, y\.weight"):
+    with pytest.raises(
+        KhalaError, match=r"not part of a LoRA pair: layers\.0\.x\.lora_a, y\.weight"
+    ):
         pairs_of({"layers.0.x.lora_a": array, "y.weight": array})
 
 
@@ -141,8 +145,8 @@ def test_arrays_without_a_partner_are_named() -> None:
         ("adapter_config.json", None, "cannot be read"),
         ("adapter_config.json", "{", "not valid JSON"),
         ("adapter_config.json", "[]", "must be an object"),
-        ("adapter_config.json", '{"fine_tune_type": "full"}', "no LoRA or DoRA adapter"),
-        ("adapter_config.json", '{"lora_parameters": {"rank": 8}}', "no LoRA or DoRA adapter"),
+        ("adapter_config.json", '{"fine_tune_type": "full"}', "not a LoRA or DoRA config"),
+        ("adapter_config.json", '{"lora_parameters": {"rank": 8}}', "not a LoRA or DoRA config"),
         ("adapters.safetensors", None, "is missing"),
         ("adapters.safetensors", "damaged", "not a complete safetensors file"),
     ],
@@ -153,7 +157,7 @@ def test_a_damaged_folder_is_one_sentence(
     export_adapter(random_adapter(CONFIG), tmp_path / "some", "mlx")
     path = tmp_path / "some" / file
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(AdapterError, match=sentence):
+    with pytest.raises(KhalaError, match=sentence):
         Adapter.load(tmp_path / "some")
 
 
@@ -164,18 +168,18 @@ def test_a_scale_that_no_float_holds_is_refused(tmp_path: Path, scale: Any) -> N
     about = adapter.about()
     about["lora_parameters"]["scale"] = scale
     save_adapter(tmp_path, arrays, about)
-    with pytest.raises(AdapterError, match="describes no LoRA"):
+    with pytest.raises(KhalaError, match="not a LoRA or DoRA config"):
         Adapter.load(tmp_path)
 
 
 @pytest.mark.parametrize("strength", [float("nan"), float("-inf"), 1e300])
 def test_a_strength_beyond_float32_is_refused(strength: float) -> None:
-    with pytest.raises(AdapterError, match="would not be finite"):
+    with pytest.raises(KhalaError, match="overflows at scale"):
         random_adapter(CONFIG).check(CONFIG, strength)
 
 
 @pytest.mark.parametrize("name", ["", "layers.0.self_attn.q_proj."])
 def test_arrays_that_are_no_matrices_or_of_no_layer_are_named(name: str) -> None:
     shape = (2, 2) if not name else (2,)
-    with pytest.raises(AdapterError, match=f"{name}lora_a"):
+    with pytest.raises(KhalaError, match=f"{name}lora_a"):
         pairs_of({f"{name}lora_a": np.zeros(shape), f"{name}lora_b": np.zeros(shape)})

@@ -94,7 +94,7 @@ def test_mlx_without_room_is_one_sentence(tmp_path: Path) -> None:
         with appears_whole(tmp_path / "x.safetensors"):
             raise RuntimeError("[write] Unable to write 9 bytes to file.")
 
-    with pytest.raises(KhalaError, match=r"x\.safetensors cannot be written: the disk may be full"):
+    with pytest.raises(KhalaError, match=r"x\.safetensors cannot be written. The disk may be full"):
         save()
     with pytest.raises(RuntimeError, match="other"), appears_whole(tmp_path / "y"):
         raise RuntimeError("other")

@@ -20,7 +20,7 @@ from khala_mlx.config import KhalaConfig
 from khala_mlx.distributed import Processes
 from khala_mlx.errors import KhalaError, KhalaWarning
 from khala_mlx.model.backbone import Backbone
-from khala_mlx.model.weights import CPU_UNPACKED_BYTES, find_model, load_part, working_dtype
+from khala_mlx.model.weights import CPU_DEQUANTIZED_BYTES, find_model, load_part, working_dtype
 from khala_mlx.performance.machine import usable_memory
 from khala_mlx.storage.adapter import WEIGHTS, backbone_id
 from khala_mlx.train.data.dataset import holds
@@ -186,7 +186,9 @@ def _machine(config: KhalaConfig) -> Machine:
     on_cpu = mx.default_device() == mx.cpu
     machine = Machine(4 if working_dtype(config) == "float32" else 2, on_cpu)
     unpacked = dataclasses.replace(machine, unpacked=True)
-    return unpacked if on_cpu and weight_bytes(config, unpacked) <= CPU_UNPACKED_BYTES else machine
+    return (
+        unpacked if on_cpu and weight_bytes(config, unpacked) <= CPU_DEQUANTIZED_BYTES else machine
+    )
 
 
 def _songs_id(plan: Plan) -> str:

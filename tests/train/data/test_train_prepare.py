@@ -107,7 +107,7 @@ def test_bad_data_never_stops_the_run(
     write_ten_hours(song(songs / "ten_hours.wav", 7))
     song(songs / "corrupt.mp3", 8).write_bytes(np.random.default_rng(0).bytes(50000))
     song(songs / "empty.ogg", 8).write_bytes(b"")
-    soundfile.write(song(songs / "three.wav", 8), noise(8, 900, 3), 44100)
+    soundfile.write(song(songs / "three.wav", 8), noise(8, 900, 9), 44100)
     soundfile.write(song(songs / "nan.wav", 8), np.full((9, 2), np.nan), 44100, subtype="FLOAT")
     same = soundfile.read(songs / "a.wav", dtype="int16")[0]
     soundfile.write(song(songs / "z_copy.flac", 1), same, 44100)

@@ -250,7 +250,7 @@ def test_on_a_packed_base(
     bits: int,
     dora: bool,
 ) -> None:
-    monkeypatch.setattr(weights, "CPU_UNPACKED_BYTES", 0)
+    monkeypatch.setattr(weights, "CPU_DEQUANTIZED_BYTES", 0)
     convert(tiny_folder, tmp_path / "packed", dtype="float32", quantize=bits, group_size=32)
     chosen = settings({"steps": 30}, dora=dora)
     figures = train_lora(plan(tmp_path / "packed", data, chosen), tmp_path / "run")
@@ -267,7 +267,7 @@ def test_dora_on_six_bits_is_refused(
     convert(tiny_folder, tmp_path / "packed", dtype="float32", quantize=6, group_size=32)
     # Dequantized when loaded, it does not matter.
     plan(tmp_path / "packed", data, settings(dora=True))
-    monkeypatch.setattr(fine_tuning, "CPU_UNPACKED_BYTES", 0)
+    monkeypatch.setattr(fine_tuning, "CPU_DEQUANTIZED_BYTES", 0)
     with pytest.raises(KhalaError, match="quantized to 4 or 8 bits"):
         plan(tmp_path / "packed", data, settings(dora=True))
 
