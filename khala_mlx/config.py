@@ -1,8 +1,8 @@
-"""Every size and every token id of a model, as frozen and strict dataclasses.
+"""All sizes and token ids of a model, as frozen and strict dataclasses.
 
-The defaults are the released Khala (see docs/released-model.md for where each number comes
-from); `tiny()` builds the same shapes small enough for a test. Nothing else in the package
-knows a released size or a released token id.
+The defaults are the released Khala (docs/released-model.md gives the source of each number);
+`tiny()` builds the same shapes small enough for a test. No other module contains a released size
+or token id.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ LATENT_KERNEL = 3
 
 
 class Strict:
-    """from_dict/to_dict for frozen dataclasses: unknown, missing or mistyped keys are errors."""
+    """Adds from_dict and to_dict to frozen dataclasses; wrong keys and types are errors."""
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "config.json") -> Self:
         return _parse(cls, data, where)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, dicts and scalars, ready for JSON."""
+        """Return plain lists, dicts and scalars, ready for JSON."""
         result: dict[str, Any] = _plain(self)
         return result
 
     def check_types(self, where: str) -> None:
-        """Refuse values whose type is not that of their field; whole floats may be given as int."""
+        """Raise ConfigError if a value is not of its field's type; int is allowed for float."""
         for name, hint in typing.get_type_hints(type(self)).items():
             checked = _value(hint, getattr(self, name), f"{where}: {name}")
             object.__setattr__(self, name, checked)
@@ -56,7 +56,7 @@ class Strict:
 
 @dataclass(frozen=True)
 class SpecialTokens(Strict):
-    """Names of the special tokens a prompt is built from; the tokenizer gives their ids."""
+    """Names of the special tokens in a prompt; the tokenizer gives their ids."""
 
     begin: str = "<|begin_of_text|>"
     separator: str = "<|eom_id|>"
@@ -73,10 +73,10 @@ class SpecialTokens(Strict):
 
 @dataclass(frozen=True)
 class TokenLayout(Strict):
-    """Where text ends and each RVQ layer begins in the id space shared by both language models.
+    """The id space of both language models: text first, then each codebook.
 
-    Code c of layer q has the id `audio_start + codebook_size * q + c`. The superres task marker
-    of layer q is `marker_base - q`, an id inside the text range.
+    Code c of codebook q has the id `audio_start + codebook_size * q + c`. The superres task marker
+    of codebook q is `marker_base - q`, an id inside the text range.
     """
 
     audio_start: int = 128256
@@ -105,17 +105,17 @@ class TokenLayout(Strict):
 
     @property
     def backbone_vocab(self) -> int:
-        """Rows of the backbone's embedding and head: text and the coarse layers."""
+        """Rows of the backbone's embedding and head: text and the coarse codebooks."""
         return self.audio_start + self.codebook_size * self.num_coarse
 
     @property
     def superres_vocab(self) -> int:
-        """Rows of the superres embedding and head: text and every layer."""
+        """Rows of the superres embedding and head: text and all codebooks."""
         return self.audio_start + self.codebook_size * self.num_codebooks
 
     @classmethod
     def tiny(cls) -> TokenLayout:
-        """A byte-level text vocabulary (256 bytes, 44 specials) and 8 small codebooks."""
+        """Return a byte-level text vocabulary (256 bytes, 44 specials) and 8 small codebooks."""
         return cls(
             audio_start=300,
             codebook_size=16,
@@ -128,10 +128,10 @@ class TokenLayout(Strict):
 
 @dataclass(frozen=True)
 class TransformerConfig(Strict):
-    """Sizes of one decoder-only transformer; both language models have the same shape.
+    """Sizes of a decoder-only transformer; both language models have the same shape.
 
-    `context` is the longest sequence it was trained on, in tokens for the backbone and in rows
-    for superres; `max_prompt` the most of it that a prompt may take.
+    `context` is the length of the trained window, in tokens for the backbone and in rows for
+    superres. `max_prompt` is the longest prompt in it.
     """
 
     vocab_size: int
@@ -151,7 +151,7 @@ class TransformerConfig(Strict):
         if self.num_heads % self.num_kv_heads:
             raise ConfigError("num_heads must be a multiple of num_kv_heads.")
         if self.head_dim % 2:
-            raise ConfigError("head_dim must be even, rotary positions turn pairs.")
+            raise ConfigError("head_dim must be even: rotary positions rotate pairs.")
         if self.max_prompt >= self.context:
             raise ConfigError("max_prompt must be below context.")
 
@@ -168,7 +168,7 @@ _TINY_BODY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class BackboneConfig(TransformerConfig):
-    """The causal model of the coarse layers. The trained window is 16384 tokens."""
+    """The causal model of the coarse codebooks. The trained window is 16384 tokens."""
 
     vocab_size: int = 130304
     context: int = 16384
@@ -176,14 +176,14 @@ class BackboneConfig(TransformerConfig):
 
     @classmethod
     def tiny(cls) -> BackboneConfig:
-        """Two narrow layers over the tiny token layout."""
+        """Return two narrow layers over the tiny token layout."""
         vocab = TokenLayout.tiny().backbone_vocab
         return cls(vocab_size=vocab, context=512, max_prompt=256, **_TINY_BODY)
 
 
 @dataclass(frozen=True)
 class SuperResConfig(TransformerConfig):
-    """The full-attention model of the fine layers. The trained window is 8192 rows."""
+    """The full-attention model of the fine codebooks. The trained window is 8192 rows."""
 
     vocab_size: int = 193792
     context: int = 8192
@@ -191,14 +191,14 @@ class SuperResConfig(TransformerConfig):
 
     @classmethod
     def tiny(cls) -> SuperResConfig:
-        """Two narrow layers over the tiny token layout."""
+        """Return two narrow layers over the tiny token layout."""
         vocab = TokenLayout.tiny().superres_vocab
         return cls(vocab_size=vocab, context=384, max_prompt=192, **_TINY_BODY)
 
 
 @dataclass(frozen=True)
 class CodecConfig(Strict):
-    """A DAC-style codec: strided encoder, residual vector quantiser, upsampling decoder.
+    """A DAC-style codec: strided encoder, residual vector quantizer, upsampling decoder.
 
     `encoder_dim` is the width after the first encoder conv (it doubles with every block);
     `decoder_dim` the width before the last decoder conv (it starts at 2**blocks times that).
@@ -244,7 +244,7 @@ class CodecConfig(Strict):
 
     @classmethod
     def tiny(cls) -> CodecConfig:
-        """Hop 128, 8 codebooks of 16 x 6."""
+        """Return a codec of hop 128 with 8 codebooks of 16 x 6."""
         layout = TokenLayout.tiny()
         return cls(
             encoder_dim=4,
@@ -273,7 +273,7 @@ class Quantization(Strict):
 class KhalaConfig(Strict):
     """A whole model folder. `quantization` maps `part.path.of.layer` to how it is quantized.
 
-    `source` is free text for provenance (repository, revision, checksums) and is not read back.
+    `source` holds provenance as free text (repository, revision, checksums).
     """
 
     tokens: TokenLayout = field(default_factory=TokenLayout)
@@ -290,13 +290,11 @@ class KhalaConfig(Strict):
 
     def __post_init__(self) -> None:
         if self.model_type != MODEL_TYPE:
-            raise ConfigError(
-                f"model_type is {shown(self.model_type)}, this package reads {MODEL_TYPE!r}."
-            )
+            raise ConfigError(f"model_type must be {MODEL_TYPE!r}, got {shown(self.model_type)}.")
         if self.format_version != FORMAT_VERSION:
             raise ConfigError(
-                f"The model folder has format {self.format_version}, this version of khala-mlx "
-                f"reads format {FORMAT_VERSION}."
+                f"The model folder has format {self.format_version}, but this version of khala-mlx "
+                f"reads format {FORMAT_VERSION}. Convert the model again."
             )
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(self.dtype)}.")
@@ -309,11 +307,11 @@ class KhalaConfig(Strict):
             ("codec.num_codebooks", self.codec.num_codebooks, self.tokens.num_codebooks),
         ):
             if ours != theirs:
-                raise ConfigError(f"{what} is {ours}, the token layout says {theirs}.")
+                raise ConfigError(f"{what} is {ours}, but the token layout has {theirs}.")
 
     @classmethod
     def tiny(cls) -> KhalaConfig:
-        """All three parts tiny, in float32: a whole song in well under a second."""
+        """Return three tiny parts in float32: a whole song takes well under a second."""
         return cls(
             tokens=TokenLayout.tiny(),
             backbone=BackboneConfig.tiny(),
@@ -327,7 +325,7 @@ class KhalaConfig(Strict):
         """Read a config.json.
 
         Raises:
-            ConfigError: if it cannot be read, is not a JSON object, or breaks a rule above.
+            ConfigError: if it cannot be read, is not a JSON object, or has invalid values.
         """
         return cls.from_dict(read_object(path), str(path))
 

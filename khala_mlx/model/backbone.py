@@ -1,6 +1,6 @@
-"""The backbone: a causal language model that writes the coarse layers of the whole song.
+"""The backbone: a causal language model that writes the coarse codes of the whole song.
 
-Works on token ids; knows the token layout, nothing of prompts' text, superres or sound.
+It works on token ids, not on text or sound.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from khala_mlx.model.cache import check_kv_bits, keep_rows, make_cache, spread
 from khala_mlx.model.sampling import DEFAULT_SAMPLING, Sampling, sample, uniform_draws, usable
 from khala_mlx.model.transformer import Transformer, like_input, projector
 
-# Tokens between two looks at what was written: each look waits for the device.
+# Tokens between two reads of what was written: each read waits for the device.
 _READ_EVERY = 16
 # mlx-lm's interval for returning freed buffers while decoding; a multiple of the above.
 _CLEAR_EVERY = 256
-# Positions whose logits are held at once when a whole song is judged.
+# Positions whose logits are held at once by nats_per_token.
 _PROJECTED = 1024
 
 
@@ -36,18 +36,18 @@ class Backbone(Transformer):
         self.layout = layout
 
     def __call__(self, ids: Any) -> Any:
-        """Token ids [B, S] -> logits [B, S, V] over the whole vocabulary.
+        """Return logits [B, S, V] over the whole vocabulary for token ids [B, S].
 
-        -1 is padding. NumPy in, float32 NumPy out; mx.array in, mx.array out.
+        -1 is padding. NumPy gives float32 NumPy, mx.array gives mx.array.
         """
         return like_input(self.lm_head(self.hidden(self.checked_ids(ids, "[B, S]"))), ids)
 
     def hidden(self, ids: mx.array, cache: list[Any] | None = None) -> mx.array:
-        """Checked ids [B, S] -> hidden states [B, S, H] after the last norm."""
+        """Return hidden states [B, S, H] after the last norm for checked ids [B, S]."""
         return self.body(self.embed(ids).astype(self.dtype), causal=True, cache=cache)
 
     def room(self, prompt_length: int) -> int:
-        """Whole frames that fit the trained window behind a prompt."""
+        """Return how many frames fit the trained window behind a prompt."""
         return max(0, self.config.context - prompt_length) // self.layout.num_coarse
 
     def generate_many(
@@ -62,7 +62,7 @@ class Backbone(Transformer):
     ) -> list[np.ndarray]:
         """Sample up to `max_tokens` audio tokens behind the prompt `ids` [P], once for each key.
 
-        All rows share one pass over the prompt and every weight read after it; the result of a key
+        All rows share one pass over the prompt and every read of the weights; the result of a key
         does not depend on the other keys. The end of the song stops a row and is not returned; it
         cannot be drawn before `min_tokens`. With `reachable_only` only the tokens that can follow
         are projected and sampled: the window of the codebook whose turn it is, and the end of the
@@ -99,14 +99,14 @@ class Backbone(Transformer):
                 mx.async_eval(token)
             if not last and (index + 1) % _READ_EVERY:
                 continue
-            going_on = rows.read()
+            alive = rows.read()
             if on_progress is not None:
                 on_progress(index + 1, max_tokens)
-            if going_on is None:
+            if alive is None:
                 break
-            if len(going_on) < token.shape[0]:
-                token = token[going_on]
-                keep_rows(cache, going_on)
+            if len(alive) < token.shape[0]:
+                token = token[alive]
+                keep_rows(cache, alive)
             if (index + 1) % _CLEAR_EVERY == 0:
                 mx.clear_cache()
         return rows.written()
@@ -116,14 +116,14 @@ class Backbone(Transformer):
     ) -> tuple[mx.array, list[Any]]:
         """Return the hidden state [rows, 1, H] behind the prompt [1, P], and the filled caches."""
         layers, length = len(self.layers), prompt.shape[1]
-        read = make_cache(layers, length)
+        filled = make_cache(layers, length)
         embedded = self.embed(prompt).astype(self.dtype)
-        hidden = self.body(embedded, causal=True, cache=read, start=length - 1)
+        hidden = self.body(embedded, causal=True, cache=filled, start=length - 1)
         mx.eval(hidden)
         cache = make_cache(
             layers, length + max_tokens, kv_bits=kv_bits, head_dim=self.config.head_dim
         )
-        spread(read, cache, rows)
+        spread(filled, cache, rows)
         return mx.repeat(hidden, rows, axis=0), cache
 
     def compose_many(
@@ -147,18 +147,18 @@ class Backbone(Transformer):
                 `reachable_only`) wrote a token outside its window.
         """
         self._check_frames(len(ids), max_frames, min_frames)
-        layers = self.layout.num_coarse
+        per_frame = self.layout.num_coarse
 
         def report(done: int, total: int) -> None:
             if on_progress is not None:
-                on_progress(done // layers, total // layers)
+                on_progress(done // per_frame, total // per_frame)
 
         written = self.generate_many(
             ids,
             sampling,
             keys=keys,
-            max_tokens=max_frames * layers,
-            min_tokens=min_frames * layers,
+            max_tokens=max_frames * per_frame,
+            min_tokens=min_frames * per_frame,
             on_progress=report,
         )
         songs, failures = [], {}
@@ -167,7 +167,7 @@ class Backbone(Transformer):
                 songs.append(self._frames_of(song))
             except KhalaError as error:
                 failures[number] = error
-                songs.append(np.empty((layers, 0), dtype=np.int64))
+                songs.append(np.empty((per_frame, 0), dtype=np.int64))
         if len(failures) == len(songs):
             first = next(iter(failures.values()))
             raise NoSongError(str(first)) from first
@@ -211,58 +211,58 @@ class Backbone(Transformer):
         if max_frames > room:
             raise KhalaError(
                 f"The trained window of {self.config.context} tokens has room for {room} frames "
-                f"behind this prompt of {prompt_length} tokens, {max_frames} were asked for."
+                f"behind this prompt of {prompt_length} tokens, got max_frames={max_frames}."
             )
 
     def choices(
         self, reachable_only: bool
     ) -> list[tuple[Callable[[mx.array], mx.array], mx.array]]:
-        """For each turn: the projection onto its candidates, and their ids [C]."""
+        """Return for each turn the projection onto its candidates, and their ids [C]."""
         if not reachable_only:
             everything = mx.arange(self.config.vocab_size)
             return [(projector(self.lm_head, slice(None)), everything)]
         choices = []
-        for layer in range(self.layout.num_coarse):
-            window = range(*tokens.window(self.layout, layer))
-            # Rising ids, so that equal logits resolve as they do over the whole vocabulary.
+        for codebook in range(self.layout.num_coarse):
+            window = range(*tokens.window(self.layout, codebook))
+            # In rising order, so that ties resolve as they do over the whole vocabulary.
             candidates = mx.array([self.layout.end_of_song, *window])
             choices.append((projector(self.lm_head, candidates), candidates))
         return choices
 
 
 class _Rows:
-    """The songs of a batch: what each has written, and which continue."""
+    """The songs of a batch: the tokens of each, and which of them continue."""
 
     def __init__(self, count: int, end_of_song: int) -> None:
         self._songs: list[list[int]] = [[] for _ in range(count)]
         self._end = end_of_song
-        self._going_on = list(range(count))
+        self._running = list(range(count))
         self._unread: list[mx.array] = []
         self.alive = mx.arange(count)
 
     def add(self, token: mx.array) -> None:
-        """A token [B] for each row that continues; not read yet."""
+        """Add a token [B] for each row that continues, without reading it."""
         self._unread.append(token)
 
     def read(self) -> mx.array | None:
-        """Read what was added; return the rows that continue, or None if all songs have ended."""
+        """Read the added tokens; return the rows that continue, or None if all songs have ended."""
         block = np.stack([np.array(token) for token in self._unread], axis=1)
         self._unread.clear()
         if block.min() < 0:
             raise KhalaError(
-                "The backbone made no usable numbers: the device is out of memory, the weights "
-                "need another dtype than this, or an adapter is too strong."
+                "The backbone made no usable numbers. The device may be out of memory, the weights "
+                "may need another dtype, or an adapter may be too strong."
             )
         kept = []
-        for row, (song, written) in enumerate(zip(self._going_on, block.tolist(), strict=True)):
+        for row, (song, written) in enumerate(zip(self._running, block.tolist(), strict=True)):
             end = written.index(self._end) if self._end in written else len(written)
             self._songs[song] += written[:end]
             if end == len(written):
                 kept.append(row)
-        self._going_on = [self._going_on[row] for row in kept]
-        self.alive = mx.array(self._going_on)
+        self._running = [self._running[row] for row in kept]
+        self.alive = mx.array(self._running)
         return mx.array(kept) if kept else None
 
     def written(self) -> list[np.ndarray]:
-        """Token ids [n] of each song."""
+        """Return the token ids [n] of each song."""
         return [np.array(song, dtype=np.int64) for song in self._songs]

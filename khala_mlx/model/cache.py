@@ -1,4 +1,4 @@
-"""Key-value caches of the backbone, and the one seam to mlx_lm.models.
+"""Key-value caches of the backbone, made from mlx_lm.models.
 
 Keys and values are [B, G, S, D]; quantized ones are mlx-lm's triples of codes, scales and biases.
 """
@@ -15,27 +15,27 @@ from mlx.utils import tree_map
 from khala_mlx.errors import KhalaError
 from khala_mlx.text import shown
 
-# What mx.quantize quantizes a cache to; fewer bits than 4 are not heard of for keys.
+# Bits of a quantized cache; fewer than 4 are not known to work for keys.
 KV_BITS = (4, 8)
 
 
 def check_kv_bits(kv_bits: int | None, head_dim: int) -> None:
-    """Refuse a quantization of the cache that mlx-lm has no form for."""
+    """Raise KhalaError if mlx-lm cannot quantize a cache in this way."""
     if kv_bits is None:
         return
     if kv_bits not in KV_BITS:
         raise KhalaError(f"kv_bits must be {' or '.join(map(str, KV_BITS))}, got {shown(kv_bits)}.")
     if head_dim % 32:
         raise KhalaError(
-            f"A quantized cache needs heads of 32 dimensions or a multiple, this model's have "
-            f"{head_dim}: leave kv_bits out."
+            f"kv_bits needs heads of 32 dimensions or a multiple, this model's have {head_dim}. "
+            "Leave kv_bits out."
         )
 
 
 def make_cache(
     num_layers: int, capacity: int, *, kv_bits: int | None = None, head_dim: int = 64
 ) -> list[Any]:
-    """mlx-lm key-value caches that allocate room for `capacity` tokens once.
+    """Return mlx-lm key-value caches that allocate room for `capacity` tokens once.
 
     With `kv_bits` keys and values are quantized, in groups of 64 or, for narrower heads, 32.
     """
@@ -55,7 +55,7 @@ def make_cache(
 def spread(prompt: list[Any], caches: list[Any], rows: int) -> None:
     """Copy the caches of one prompt, batch 1, into empty `caches` of `rows` rows.
 
-    Layer by layer: what was copied from is freed on the way.
+    The source of each layer is freed before the next is copied.
     """
     for index, cache in enumerate(caches):
         keys, values = prompt[index].keys_and_values()
@@ -65,7 +65,7 @@ def spread(prompt: list[Any], caches: list[Any], rows: int) -> None:
 
 
 def keep_rows(caches: list[Any], rows: mx.array) -> None:
-    """Drop all rows of the batch but these, array by array: one is there twice at a time."""
+    """Keep only these rows of the batch; one array at a time is copied."""
     for cache in caches:
         for name in ("keys", "values"):
             kept = tree_map(lambda x: x[rows], getattr(cache, name))
@@ -75,11 +75,11 @@ def keep_rows(caches: list[Any], rows: mx.array) -> None:
 
 @contextmanager
 def file_limit_kept() -> Iterator[None]:
-    """Importing mlx_lm lowers RLIMIT_NOFILE, hard limit included, for the whole process."""
+    """Keep RLIMIT_NOFILE, which importing mlx_lm lowers, hard limit included."""
     import resource
 
     setrlimit = resource.setrlimit
-    # A lowered hard limit cannot be raised again, so the call itself must be kept from acting.
+    # A lowered hard limit cannot be raised again, so the call itself must have no effect.
     resource.setrlimit = lambda *_: None
     try:
         yield

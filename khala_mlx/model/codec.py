@@ -1,7 +1,7 @@
-"""The DAC-style codec: sound to codes and back, whole or in blocks that equal the whole.
+"""The DAC-style codec: sound to codes and back, in blocks that equal the whole.
 
 Modules take and return mx arrays [B, L, C] and can be traced; the public methods of `Codec` take
-and return NumPy arrays of one song. This file knows neither files nor language models.
+and return NumPy arrays of one song. This file knows no files and no language models.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from khala_mlx.token_ids import check_codes, plain_array
 # Activations alive at once, in units of the largest (hop * width of the samples' end: rates are at
 # least two, so no inner one is larger), with room for MLX to run ahead.
 _LIVE = 6
-# Room for a block of the default size. One number for all machines: all cut a song alike.
+# Room for a block of the default size, the same on all machines, so that all cut a song alike.
 _DEFAULT_BYTES = 2 << 30
 # Room for the largest block. It keeps every tensor below 2 GiB, which any Metal buffer holds and
 # 32 bits can index (ml-explore/mlx#3248).
@@ -72,8 +72,8 @@ class Upsample(nn.Module):
         self.stride = stride
 
     def __call__(self, x: mx.array) -> mx.array:
-        # Packed again each time: it costs a copy of the weight per block, and it can neither be
-        # out of date nor hide the weight from a gradient.
+        # Rearranged for each block, at the cost of one copy of the weight, so that it is never out
+        # of date and gradients reach the weight.
         packed = ops.pack_transposed(self.weight, self.stride)
         return ops.conv_transpose1d(x, packed, self.bias, stride=self.stride)
 
@@ -138,7 +138,7 @@ class DecoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Samples [B, L, channels] to latents [B, L // hop, latent_dim]."""
+    """Encode samples [B, L, channels] to latents [B, L // hop, latent_dim]."""
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, T, latent_dim] to samples [B, hop * T, channels]; nothing bounds their range."""
+    """Decode latents [B, T, latent_dim] to samples [B, hop * T, channels] of any range."""
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class Decoder(nn.Module):
 
 
 class Codec(nn.Module):
-    """Encoder, quantiser and decoder of one model."""
+    """Encoder, quantizer and decoder of one model."""
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -197,12 +197,12 @@ class Codec(nn.Module):
         chunk_frames: int | None = None,
         on_progress: Progress | None = None,
     ) -> np.ndarray:
-        """Float samples [L, channels] to int32 codes [K, T], T = L / hop rounded up.
+        """Encode float samples [L, channels] to int32 codes [K, T], T = L / hop rounded up.
 
-        Zeros fill the last frame. Works in blocks as `decode` does.
+        Zeros fill the last frame. It works in blocks like `decode`.
 
         Raises:
-            AudioError: if the samples have another shape or type, are none, or are not finite.
+            AudioError: if the samples have another shape or type, are empty or not finite.
             KhalaError: if chunk_frames is not a whole number above 0, or the device returns no
                 usable latents.
         """
@@ -228,14 +228,14 @@ class Codec(nn.Module):
         on_progress: Progress | None = None,
         on_block: Callable[[np.ndarray, int], None] | None = None,
     ) -> np.ndarray:
-        """Integer codes [k, T] of the first k <= K layers to float32 samples [hop * T, channels].
+        """Decode codes [k, T] of the first k <= K codebooks to float32 samples [L, channels].
 
-        Works in blocks of `chunk_frames` frames, by default as many as 2 GiB allow, each with
-        its real neighbours around it: the result is that of decoding everything at once.
-        `on_block` is given each block and the count of all samples.
+        L is hop * T. It works in blocks of `chunk_frames` frames, by default as many as fit 2 GiB,
+        each with its real neighbours around it: the result equals that of decoding all at once.
+        `on_block` receives each block and the count of all samples.
 
         Raises:
-            KhalaError: if the codes have another shape or type, are none, or name no row; if
+            KhalaError: if the codes have another shape or type, are empty or out of range; if
                 chunk_frames is not a whole number above 0; or if the device returns no usable
                 samples.
         """
@@ -256,7 +256,7 @@ class Codec(nn.Module):
     def decode_stream(
         self, codes: np.ndarray, *, chunk_frames: int | None = None
     ) -> Iterator[np.ndarray]:
-        """`decode` block by block, so that a song can be heard while its rest is rendered."""
+        """Yield the blocks of `decode`, so that a song can be heard while the rest is rendered."""
         chunk = _chunk(self.config, decode_bytes, chunk_frames)
         return self._decode_blocks(self._checked(codes), chunk)
 
@@ -275,8 +275,8 @@ class Codec(nn.Module):
                 # A GPU that is out of memory returns zeros (ml-explore/mlx#3979).
                 if not (np.isfinite(block).all() and block.any()):
                     raise KhalaError(
-                        "The codec made no usable samples: the device is out of memory (try a "
-                        "smaller chunk_frames) or the weights need float32."
+                        "The codec made no usable samples. Try a smaller chunk_frames, or float32 "
+                        "weights."
                     )
                 yield block
         finally:
@@ -290,10 +290,7 @@ class Codec(nn.Module):
         found = np.array(latents.astype(mx.float32))
         # A GPU that is out of memory returns zeros (ml-explore/mlx#3979).
         if not np.isfinite(found).all() or (part.any() and not found.any()):
-            raise KhalaError(
-                "The codec made no usable latents: the device is out of memory (try a smaller "
-                "chunk_frames)."
-            )
+            raise KhalaError("The codec made no usable latents. Try a smaller chunk_frames.")
         first, last = window.inside()
         # On the CPU: some GPUs multiply float32 with 10-bit mantissas, and near codes would swap.
         with mx.stream(mx.cpu):
@@ -350,5 +347,5 @@ def _checked_waveform(given: np.ndarray, channels: int) -> np.ndarray:
     with np.errstate(over="ignore"):
         waveform = waveform.astype(np.float32, copy=False)
     if not np.isfinite(waveform).all():
-        raise AudioError("A waveform must be finite, this one holds NaN or infinity.")
+        raise AudioError("The waveform contains NaN or infinite samples.")
     return waveform

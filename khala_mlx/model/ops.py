@@ -35,13 +35,13 @@ _SIN_SQUARED = (
 _SIN_OF_DOUBLE = tuple((2 * n + 2) * c / math.pi for n, c in enumerate(_SIN_SQUARED))
 
 # Elements of a tile. On the CPU larger arrays leave the caches, and malloc takes fresh pages for
-# each; far smaller ones drown in calls; 2**20 to 2**22 measure alike. On the GPU the tile only has
-# to be small beside the whole and large beside the cost of a launch.
+# each; much smaller ones are dominated by call overhead; 2**20 to 2**22 are equally fast. On the
+# GPU a tile only has to be small beside the whole and large beside the cost of a launch.
 TILE = {"cpu": 1 << 21, "gpu": 1 << 24}
 
 
 def device_form() -> Form:
-    """The form that suits MLX's default device."""
+    """Return the form that suits MLX's default device."""
     return "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
 
 
@@ -69,10 +69,10 @@ def conv1d(
 
 
 def pack_transposed(weight: mx.array, stride: int) -> mx.array:
-    """A transposed conv's weight [O, 2 * stride, C] as a dense conv's [stride * O, 2, C].
+    """Rearrange a transposed conv's weight [O, 2 * stride, C] to a dense conv's [stride * O, 2, C].
 
-    Row (r, o) makes phase r of output channel o from a frame and the one before. Only whole rows
-    of C move: packing costs one copy of the weight.
+    Row (r, o) makes phase r of output channel o from a frame and the one before. Whole rows of C
+    move, at the cost of one copy of the weight.
     """
     out, kernel, width = weight.shape
     assert kernel == 2 * stride
@@ -104,7 +104,7 @@ def conv_transpose1d(
 
 
 def snake(x: mx.array, alpha: mx.array) -> mx.array:
-    """x + sin(alpha x)^2 / (alpha + 1e-9) for x [B, L, C], alpha [C]; in float32, returned as x."""
+    """Return x + sin(alpha x)^2 / (alpha + 1e-9), x [B, L, C], alpha [C]; computed in float32."""
     function: Any = _snake_by_polynomial if device_form() == "cpu" else _snake_fused
     result: mx.array = function(x, alpha)
     return result
@@ -115,9 +115,9 @@ def in_tiles(
     x: mx.array,
     halo: Span,
 ) -> mx.array:
-    """function(x), for one that keeps the length of x [B, L, C] and sees `halo` rows around each.
+    """Apply a function that keeps the length of x [B, L, C] and sees `halo` rows around each row.
 
-    Tile by tile, so that only one tile's intermediate results are there at once.
+    It runs tile by tile, so that only one tile's intermediate results are in memory.
     """
     rows = max(1, TILE[device_form()] // (x.shape[0] * x.shape[2]))
     if x.shape[1] <= rows:
@@ -157,7 +157,7 @@ def _conv1d_as_matmuls(
 
 @lru_cache
 def _with_gradient(padding: int, dilation: int) -> Callable[..., Any]:
-    """The conv with gradients that are convs themselves; MLX's own pad and add for each tap."""
+    """Return the conv with gradients that are convs; MLX's own pad and add for each tap."""
 
     @mx.custom_function
     def conv(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:

@@ -1,6 +1,6 @@
-"""How far the codec's layers look around, and the windows that follow from it.
+"""The receptive field of the codec's layers, and windows of rows whose results equal the whole.
 
-Sizes only: what one output depends on, and how rows are cut so that pieces equal the whole.
+Sizes only: which inputs an output depends on, and how rows are cut.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ UNITS_HALO = (KERNEL // 2 * sum(DILATIONS),) * 2
 
 @dataclass(frozen=True)
 class Window:
-    """Rows first..last are wanted; rows start..stop must be there to make them."""
+    """Rows start..stop, which are the input for the wanted rows first..last."""
 
     first: int
     last: int
@@ -26,16 +26,16 @@ class Window:
     stop: int
 
     def inside(self, scale: int = 1) -> Span:
-        """Where the wanted rows lie in the window, once each row has become `scale` rows."""
+        """Return where the wanted rows are in the window, when each row becomes `scale` rows."""
         return (self.first - self.start) * scale, (self.last - self.start) * scale
 
 
 def windows(total: int, chunk: int, halo: Span) -> Iterator[Window]:
-    """Cut `total` rows in even pieces of at most `chunk`, each with `halo` rows before and after.
+    """Cut `total` rows into even pieces of at most `chunk`, each with `halo` rows before and after.
 
-    All windows have one size, so that buffers can be used again: one that would cross an end of
-    the rows moves inwards. The ends of a window are then either the true ends, where zeros are
-    right, or at least `halo` away from what is wanted.
+    All windows have one size, so that buffers are reused: a window that would cross an end of the
+    rows moves inwards. The ends of a window are then either the true ends, where zeros are right,
+    or at least `halo` away from the wanted rows.
     """
     before, after = halo
     even = -(-total // -(-total // chunk))
@@ -46,12 +46,12 @@ def windows(total: int, chunk: int, halo: Span) -> Iterator[Window]:
 
 
 def padding_of(kernel: int, stride: int, dilation: int = 1) -> int:
-    """Zeros on either side of a conv's input, as the DAC family pads."""
+    """Return the zeros on either side of a conv's input, as the DAC family pads."""
     return (stride + 1) // 2 if stride > 1 else dilation * (kernel - 1) // 2
 
 
 def decoder_halo(config: CodecConfig) -> Span:
-    """How many frames before and after a frame its samples depend on."""
+    """Return how many frames before and after a frame its samples depend on."""
     span = _read_by_conv((0, config.hop - 1), KERNEL)
     for rate in reversed(config.decoder_rates):
         span = _read_by_upsample(_read_by_units(span), rate)
@@ -60,7 +60,7 @@ def decoder_halo(config: CodecConfig) -> Span:
 
 
 def encoder_halo(config: CodecConfig) -> Span:
-    """How many frames before and after a frame its latent depends on."""
+    """Return how many frames before and after a frame its latent depends on."""
     span = _read_by_conv((0, 0), LATENT_KERNEL)
     for stride in reversed(config.encoder_strides):
         span = _read_by_units(_read_by_conv(span, 2 * stride, stride))

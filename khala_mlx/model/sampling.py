@@ -15,7 +15,7 @@ from khala_mlx.text import shown
 
 # The float32 two steps below 1: its product with any total is below that total.
 _LARGEST_DRAW = 1 - 2.0**-23
-# What a float holds; all is equally likely long before.
+# The largest float; long before, all tokens are equally likely.
 _HOTTEST = sys.float_info.max
 
 
@@ -84,9 +84,9 @@ def stage_key(seed: int, stage: int) -> mx.array:
 
 
 def top_k_logits(logits: mx.array, top_k: int, temperature: float) -> mx.array:
-    """Logits [..., V] / temperature in float32, with -inf below the k-th largest.
+    """Return logits [..., V] / temperature in float32, with -inf below the k-th largest.
 
-    Ties with the k-th largest are all kept, as upstream keeps them.
+    All ties with the k-th largest are kept, as upstream keeps them.
     """
     logits = logits.astype(mx.float32) / temperature
     size = logits.shape[-1]
@@ -97,42 +97,42 @@ def top_k_logits(logits: mx.array, top_k: int, temperature: float) -> mx.array:
 
 
 def usable(logits: mx.array) -> mx.array:
-    """Whether rows of logits [..., V] can be drawn from -> bool [...].
+    """Return whether rows of logits [..., V] can be drawn from, bool [...].
 
-    A GPU that is out of memory returns zeros without a word (ml-explore/mlx#3979), weights that
-    overflow give NaN; neither has a largest and a smallest that differ.
+    A GPU that is out of memory silently returns zeros (ml-explore/mlx#3979), and weights that
+    overflow give NaN. In both cases the largest logit does not exceed the smallest.
     """
     return logits.max(axis=-1) > logits.min(axis=-1)
 
 
 def uniform_draws(key: mx.array, count: int) -> mx.array:
-    """Draws [count], uniform in [0, 1), each under a key of its own."""
+    """Return draws [count], uniform in [0, 1), each under its own key."""
     draw = mx.vmap(lambda one: mx.random.uniform(shape=(), key=one))
     return draw(mx.random.split(key, count))
 
 
 def sample(logits: mx.array, draws: mx.array, *, top_k: int, temperature: float) -> mx.array:
-    """The backbone's rule: logits [..., V], uniform draws [...] -> indices [...].
+    """Return indices [...] by the backbone's rule from logits [..., V] and uniform draws [...].
 
-    top_k 1 is argmax. Otherwise the cumulative distribution is inverted, so that a row depends on
-    its own draw alone, whatever else is in the batch.
+    top_k=1 is argmax. Otherwise the cumulative distribution is inverted, so that a row depends only
+    on its own draw, not on the rest of the batch.
     """
     if top_k == 1:
         return mx.argmax(logits, axis=-1)
     weights = mx.softmax(top_k_logits(logits, top_k, temperature), axis=-1, precise=True)
     # Zero where nothing can be drawn: a parallel sum may not rise evenly over equal values.
     below = mx.where(weights > 0, mx.cumsum(weights, axis=-1), 0.0)
-    # The largest draw times the total may round up to the total, behind which there is nothing.
+    # Without the limit, the largest draw times the total could round up to the total.
     threshold = mx.minimum(draws, _LARGEST_DRAW)[..., None] * below.max(axis=-1, keepdims=True)
     return mx.argmax(below > threshold, axis=-1)
 
 
 def sample_by_race(logits: mx.array, draws: mx.array, top_k: int) -> mx.array:
-    """The superres rule: argmax(softmax(top k of logits) / draws), no temperature.
+    """Return indices by the superres rule: argmax(softmax(top k of logits) / draws).
 
     Args:
         logits: [T, V].
-        draws: [T, top_k] from Exponential(1), one for each candidate in falling order of logit.
+        draws: [T, top_k] from Exponential(1), for the candidates in falling order of logit.
 
     Returns:
         indices [T].
@@ -147,6 +147,6 @@ def sample_by_race(logits: mx.array, draws: mx.array, top_k: int) -> mx.array:
 
 
 def exponential(key: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """Draws from Exponential(1), never 0."""
-    # uniform is in [0, 1), so 1 - u is in (0, 1]; the kernel baseline guards the division above.
+    """Return draws from Exponential(1), never 0."""
+    # uniform is in [0, 1), so 1 - u is in (0, 1]; the bound protects the division of the race.
     return mx.maximum(-mx.log(1.0 - mx.random.uniform(shape=shape, key=key)), 1e-20)

@@ -2,7 +2,7 @@
 
 Pre-norm blocks of grouped-query attention and SwiGLU; every linear layer has a bias, the output
 head has none (paper section 3; upstream's Megatron arguments). Parameter names follow mlx-lm, so
-that its LoRA layers find them. Knows nothing of prompts, codes or sampling.
+that its LoRA layers find them. This file does not know prompts, codes or sampling.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size)
 
     def __call__(self, x: mx.array, cache: Any, causal: bool, start: int) -> mx.array:
-        """x [B, S, H] -> [B, S - start, H]: queries of rows `start` on, keys of all rows."""
+        """Attend from rows `start`.. of x [B, S, H] to all rows: [B, S - start, H]."""
         offset = cache.offset if cache is not None else 0
         q = self._rotate(self._heads(self.q_proj(x[:, start:]), self.num_heads), offset + start)
         k = self._rotate(self._heads(self.k_proj(x), self.num_kv_heads), offset)
@@ -72,7 +72,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU. The double fc1 bias of the released runs is folded into the biases at conversion."""
+    """SwiGLU. Conversion folds the double fc1 bias of the released runs into the biases."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def __call__(self, x: mx.array, cache: Any, causal: bool, start: int = 0) -> mx.array:
-        """x [B, S, H] -> residual stream of rows `start` on, [B, S - start, H]."""
+        """Return the residual stream of rows `start`.. of x [B, S, H]: [B, S - start, H]."""
         attended = self.self_attn(self.input_layernorm(x), cache, causal, start)
         x = x[:, start:] + attended
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -114,30 +114,30 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """The dtype of activations: that of the norms, which are never quantised."""
+        """The dtype of activations: that of the norms, which are never quantized."""
         return self.norm.weight.dtype
 
     def body(
         self, x: mx.array, *, causal: bool, cache: list[Any] | None = None, start: int = 0
     ) -> mx.array:
-        """Embeddings [B, S, H] -> hidden states after the last norm, [B, S - start, H].
+        """Return hidden states [B, S - start, H] after the last norm for embeddings [B, S, H].
 
-        `start` skips the last layer's queries and feed-forward for rows that nobody projects.
+        `start` skips the last layer's queries and feed-forward for rows that are not projected.
         """
         caches = cache if cache is not None else [None] * len(self.layers)
         for layer, layer_cache in zip(self.layers[:-1], caches[:-1], strict=True):
             x = layer(x, layer_cache, causal)
             if not self.training and x.shape[0] * x.shape[1] >= EVALUATED_ROWS:
-                # MLX allocates ahead of the work: left to one evaluation, the arrays of several
-                # layers would be there together.
+                # MLX allocates ahead of the work: in one evaluation the arrays of several layers
+                # would be in memory together.
                 mx.eval(x)
         return self.norm(self.layers[-1](x, caches[-1], causal, start))
 
     def embed(self, ids: mx.array) -> mx.array:
-        """ids [...] -> embeddings [..., H] in float32; -1 is padding and embeds to zero.
+        """Return float32 embeddings [..., H] of ids [...]; -1 is padding and embeds to zero.
 
-        A row of the SR input is the sum of its columns (docs/released-model.md), so float32 keeps
-        63 additions exact enough when the weights are 16-bit.
+        A row of superres input is the sum of its columns (docs/released-model.md). With 16-bit
+        weights float32 keeps 63 additions exact enough.
         """
         known = (ids >= 0)[..., None]
         rows = self.embed_tokens(mx.maximum(ids, 0)).astype(mx.float32)
@@ -155,9 +155,9 @@ class Transformer(nn.Module):
 
 
 def projector(head: nn.Module, rows: mx.array | slice) -> Callable[[mx.array], mx.array]:
-    """A function from hidden states [..., H] to float32 logits of some rows of `head`.
+    """Return a function from hidden states [..., H] to float32 logits of some rows of `head`.
 
-    Reads only those rows of the weights, also of a quantised head; a head of another kind (an
+    It reads only those rows of the weights, also of a quantized head. A head of another kind (an
     adapter) is applied whole.
     """
     if type(head) is nn.Linear:
@@ -195,7 +195,7 @@ def matrix(layer: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
 
 
 def like_input(result: mx.array, given: Any) -> Any:
-    """NumPy (or lists) in, float32 NumPy out; mx.array in, mx.array out."""
+    """Return `result` as float32 NumPy, unless an mx.array was given."""
     if isinstance(given, mx.array):
         return result
     return np.array(result.astype(mx.float32))

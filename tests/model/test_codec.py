@@ -417,8 +417,8 @@ def test_wrong_codes(codes: Any, message: str) -> None:
         (np.zeros((8, 1), np.float32), r"got \[8, 1\]"),
         (np.zeros((8, 2), np.int16), "floats from -1 to 1, got int16"),
         (np.zeros((0, 2), np.float32), "at least one sample"),
-        (np.full((8, 2), np.nan, np.float32), "finite"),
-        (np.full((8, 2), -np.inf, np.float32), "finite"),
+        (np.full((8, 2), np.nan, np.float32), "NaN or infinite"),
+        (np.full((8, 2), -np.inf, np.float32), "NaN or infinite"),
     ],
 )
 def test_wrong_waveforms(wave: Any, message: str) -> None:

@@ -60,7 +60,7 @@ def test_fewer_layers_are_a_prefix() -> None:
     latents = mx.random.normal((12, 6), key=mx.random.key(3))
     codes = quantizer.encode(latents)
     assert codes.shape == (5, 12)
-    assert mx.array_equal(quantizer.encode(latents, layers=2), codes[:2])
+    assert mx.array_equal(quantizer.encode(latents, 2), codes[:2])
     for layers in (1, 3, 5):
         rows = [quantizer.codebooks[i][codes[i]] for i in range(layers)]
         assert mx.allclose(quantizer.decode(codes[:layers]), sum(rows[1:], rows[0]), atol=1e-6)

@@ -239,8 +239,8 @@ def test_kept_codes_stay_and_are_seen(tiny: Khala, context: int, layers: int, fr
         ({"refined": np.zeros((2, 3), int)}, "refined codes have 3 frames"),
         ({"refined": np.zeros((7, 4), int)}, "shape"),
         ({"refined": np.zeros((2, 4), int), "codebooks": 3}, "from 4 to 8"),
-        ({"kept": np.ones((2, 2), int)}, "are to stay"),
-        ({"kept": np.zeros((2, 5), int)}, "are to stay"),
+        ({"kept": np.ones((2, 2), int)}, "codes to keep differ"),
+        ({"kept": np.zeros((2, 5), int)}, "codes to keep differ"),
     ],
 )
 def test_what_cannot_be_gone_on_with(tiny: Khala, arguments: dict[str, Any], sentence: str) -> None:

@@ -65,10 +65,10 @@ def test_a_matrix_that_matters_more_gets_more(tiny_folder: Path) -> None:
     chosen = mixed(
         khala, 4.5, group_size=32, dtype="float32", frames=12, on_progress=lambda *a: told.append(a)
     )
-    assert set(chosen) == set(counts.packable(khala.config))
+    assert set(chosen) == set(counts.quantizable(khala.config))
     ours = {n: how.bits for n, how in chosen.items() if n.startswith("backbone.layers")}
     assert ours[f"backbone.{name}"] == max(ours.values()) > min(ours.values())
-    sizes = {n: into * out for n, (into, out) in counts.packable(khala.config).items()}
+    sizes = {n: into * out for n, (into, out) in counts.quantizable(khala.config).items()}
     for part in ("backbone.", "superres."):
         own = [n for n in sizes if n.startswith(part)]
         spent = sum(chosen[n].bits * sizes[n] for n in own) / sum(sizes[n] for n in own)

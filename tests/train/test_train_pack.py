@@ -184,7 +184,10 @@ def test_runs_that_do_not_fit_together_are_refused(runs: Path, tmp_path: Path) -
     for changed, message in (
         (("backbone",), "different token layouts: codebook_size differ"),
         (("superres",), "different token layouts: codebook_size differ"),
-        (("codec",), r"do not fit together: codec\.codebook_size is 32, the token layout says 16"),
+        (
+            ("codec",),
+            r"do not fit together: codec\.codebook_size is 32, but the token layout has 16",
+        ),
         (("backbone", "superres"), r"do not fit together: codec\.codebook_size is 16"),
     ):
         mixed = sources(runs) | {part: runs / "other" / part for part in changed}
@@ -196,7 +199,9 @@ def test_runs_that_do_not_fit_together_are_refused(runs: Path, tmp_path: Path) -
 def test_a_vocabulary_that_is_not_the_layouts_is_refused(runs: Path, tmp_path: Path) -> None:
     config = runs / "backbone/config.json"
     change(config, backbone=CONFIG.backbone.to_dict() | {"vocab_size": 400})
-    with pytest.raises(KhalaError, match=r"backbone\.vocab_size is 400, the token layout says 332"):
+    with pytest.raises(
+        KhalaError, match=r"backbone\.vocab_size is 400, but the token layout has 332"
+    ):
         pack(tmp_path / "x", **sources(runs))
     change(config, backbone=CONFIG.backbone.to_dict() | {"num_layers": 1})
     with pytest.raises(KhalaError, match=r"backbone: \d+ tensors are unknown: layers\.1\."):
