@@ -100,7 +100,7 @@ def _list(name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) ->
     run = run if isinstance(run, dict) else {}
     rank, alpha = run.get("lora_r", LIST_RANK), run.get("lora_alpha", LIST_ALPHA)
     if not peft.is_positive(rank) or not peft.is_positive(alpha):
-        raise KhalaError(f"The adapter {shown(name)} tells of no sensible rank and alpha.")
+        raise KhalaError(f"The adapter {shown(name)} gives no sensible rank and alpha.")
     pairs: dict[str, Pair] = {}
     for number in numbers:
         layer, module = divmod(number, len(modules))

@@ -22,7 +22,7 @@ def checked_sha256(
     Raises:
         ConvertError: if it cannot be read, or the values in an extent do not match their CRC-32.
     """
-    # torch can be told to leave checksums out and then writes 0.
+    # torch can leave checksums out and then writes 0.
     wanted = {(extent.start, extent.stop): extent.crc for extent in extents if extent.crc}
     waiting = sorted(wanted, reverse=True)
     running: dict[tuple[int, int], int] = {}

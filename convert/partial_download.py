@@ -1,4 +1,4 @@
-"""A torch file of which only the entries that the codec needs are there.
+"""A torch file that has only the entries that the codec needs.
 
 Upstream's codec checkpoint holds discriminators and optimisers, two thirds of its 3.3 GB. A file
 of its full size is made with holes in their place; every entry's CRC-32 is checked when it is
@@ -114,7 +114,7 @@ def fetch_codec(
         False, leaving nothing, if the file has no checksums by which a part can be checked.
 
     Raises:
-        ConvertError: if it is no such checkpoint.
+        ConvertError: if it is not such a checkpoint.
     """
     partial = path.with_name(path.name + ".partial")
     holey = _Holey(partial, size, read)

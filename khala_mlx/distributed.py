@@ -51,7 +51,7 @@ class Processes:
         return self.summed(tree if self.leads else tree_map(mx.zeros_like, tree))
 
     def agree(self, told: str, what: str) -> None:
-        """Make sure that all processes tell the same.
+        """Check that all processes have the same text.
 
         Raises:
             KhalaError: naming `what` they do not share.
@@ -63,7 +63,7 @@ class Processes:
             raise KhalaError(f"The {self.size} processes do not start from the same {what}.")
 
     def gathered(self, value: Any) -> list[Any]:
-        """What each process has for `value`, anything that JSON can tell, by rank."""
+        """Return what each process has for `value`, anything that fits JSON, by rank."""
         if self.size == 1:
             return [value]
         text = np.frombuffer(json.dumps(value).encode(), np.uint8)

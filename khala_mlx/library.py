@@ -214,7 +214,7 @@ def _require_space(there: hub.Listing, wanted: list[str], staging: Path, written
 def _fetch_all(
     there: hub.Listing, wanted: list[str], staging: Path, on_progress: Progress | None
 ) -> frozenset[str]:
-    """Fetch the files; returns the names of those of which only the needed parts have come."""
+    """Fetch the files; return the names of those that were fetched in part."""
     total = sum(there.files[name].size for name in wanted)
     done, partial = 0, set()
     for name in wanted:

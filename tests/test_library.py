@@ -146,10 +146,10 @@ def fault(hub: FakeHub, kind: str, monkeypatch: pytest.MonkeyPatch) -> str:
     big = next(n for n in hub.files if n.endswith(".distcp"))
     if kind == "broken connection":
         hub.cut_after[big] = [1000] * 50
-        return "try again"
+        return "[Tt]ry again"
     if kind == "broken part":
         hub.cut_after[CODEC] = [100] * 50
-        return "try again|did not send"
+        return "[Tt]ry again|did not send"
     if kind == "wrong checksum":
         hub.damaged[big] = 1
         return "not what the Hub says"
@@ -464,7 +464,7 @@ def test_a_hub_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         fake.url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         use(fake, monkeypatch)
         monkeypatch.setattr(hubs, "_PATIENCE", 0.1)
-        with pytest.raises(hubs.Unreachable, match="ReadTimeout"):
+        with pytest.raises(hubs.Unreachable, match="no answer in time"):
             hubs.listing(REPO)
-        with pytest.raises(hubs.Unreachable, match="ReadTimeout"):
+        with pytest.raises(hubs.Unreachable, match="no answer in time"):
             hubs.read_range(REPO, SHA, "a", 0, 1)

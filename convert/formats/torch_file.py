@@ -121,7 +121,7 @@ class TorchZip:
 
 
 def _matches(data: bytes, crc: int) -> bool:
-    # torch can be told to leave checksums out and then writes 0.
+    # torch can leave checksums out and then writes 0.
     return crc == 0 or zlib.crc32(data) == crc
 
 

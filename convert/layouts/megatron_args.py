@@ -1,4 +1,4 @@
-"""Megatron's arguments: the few that shapes cannot tell, and those that would mean other maths."""
+"""Megatron's arguments: the few that shapes do not show, and those that would mean other maths."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def parse(values: Mapping[Any, Any], what: str) -> Arguments:
     """Check the arguments.
 
     Raises:
-        ConvertError: if one is malformed or tells of another architecture, or heads are not given.
+        ConvertError: if one is malformed or describes another architecture, or heads are not given.
     """
     what = shown(what)
     other = [
@@ -101,7 +101,7 @@ def parse(values: Mapping[Any, Any], what: str) -> Arguments:
         if _plain(values.get(key, needed)) and values.get(key, needed) != needed
     ]
     if other:
-        raise ConvertError(f"{what} tells of another architecture than Khala's: {listed(other)}.")
+        raise ConvertError(f"{what} describes another architecture than Khala's: {listed(other)}.")
     heads = _count(values, "num_attention_heads", what)
     if heads is None:
         raise ConvertError(f"{what} does not give num_attention_heads.")

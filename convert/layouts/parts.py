@@ -22,7 +22,7 @@ from khala_mlx.text import listed, shown
 
 
 class Checkpoint(Protocol):
-    """Named tensors, of which only some may be opened."""
+    """Named tensors; only some of them may be opened."""
 
     names: list[str]
 

@@ -53,7 +53,7 @@ _BLOCK = 65536
 # Samples by which a lossy file may differ in length; they are exact in practice.
 _CODEC_DELAY = 4096
 _quiet_lock = threading.RLock()
-# What libsndfile says of a stream whose header does not tell its length.
+# What libsndfile says of a stream whose header does not state its length.
 _UNKNOWN_LENGTH = 2**63 - 1
 
 
@@ -275,7 +275,7 @@ def sound_length(path: Path, sample_rate: int) -> int:
     """How many samples `read_audio` gives at most, by the file's header alone.
 
     Raises:
-        AudioError: if the file cannot be read, or does not tell.
+        AudioError: if the file cannot be read, or does not state its length.
     """
     with _opened(path) as file:
         _check_length_known(path, file.frames)
@@ -388,7 +388,7 @@ def _check_format(path: Path, file: Any, sample_rate: int, channels: int) -> Non
 def _check_length_known(path: Path, frames: int) -> None:
     if frames == _UNKNOWN_LENGTH:
         raise AudioError(
-            f"{path} does not tell its length: write it again, for example with `ffmpeg -i "
+            f"{path} does not state its length. Write it again, for example with `ffmpeg -i "
             f"{path.name} again.flac`."
         )
 

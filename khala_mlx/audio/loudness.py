@@ -23,7 +23,7 @@ _LEAST_RATE = 4000
 _RESPONSE = 1 / 3
 # BS.1770-4, annex 2: a true peak is measured at 192 kHz or more.
 _TRUE_PEAK_RATE = 4 * 48_000
-# Enough for any rate; a header that tells 1 Hz would take an hour.
+# Enough for any rate; a header that says 1 Hz would take an hour.
 _MOST_RAISED = 64
 # Seconds upsampled at once, and of context on both sides.
 _PIECE, _CONTEXT = 10, 0.05
@@ -69,7 +69,7 @@ def true_peak(waveform: np.ndarray, sample_rate: int) -> float:
 
 
 def levels(waveform: np.ndarray, sample_rate: int) -> dict[str, Any]:
-    """What `khala info` tells of samples [L, C]: LUFS, dBTP, dBFS, clipped samples."""
+    """Return the levels of samples [L, C]: LUFS, dBTP, dBFS, clipped samples."""
     clipped = int(np.count_nonzero(np.abs(waveform) >= FULL_SCALE))
     loud = integrated(waveform, sample_rate)
     return {

@@ -24,8 +24,8 @@ class Mastering:
 
     Attributes:
         normalize: turn a song that would clip down to -1 dBFS.
-        loudness: bring it to so many LUFS (EBU R 128 and broadcasters ask for -23, streaming
-            services for about -14), as far as a true peak of -1 dBTP allows; None leaves it.
+        loudness: target in LUFS (EBU R 128 and broadcasters ask for -23, streaming services for
+            about -14), limited by a true peak of -1 dBTP; None changes nothing.
         fade: seconds over which the end fades out.
         bit_depth: "16", "24" or "float".
     """
@@ -69,7 +69,7 @@ def fade_out(waveform: np.ndarray, sample_rate: int, seconds: float) -> np.ndarr
 def fade_part(
     block: np.ndarray, start: int, samples: int, sample_rate: int, seconds: float
 ) -> np.ndarray:
-    """`fade_out` of a song of so many samples, for its block [n, C] from `start` on."""
+    """Apply `fade_out` to the block [n, C] at `start` of a song of `samples` samples."""
     length = round(min(samples, seconds * sample_rate))
     first = max(0, samples - length - start)
     if first >= len(block):

@@ -1,4 +1,4 @@
-"""Playback with seeking, of sound that is there or still being made."""
+"""Playback with seeking, of finished sound or sound that is still being made."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PATIENCE = 5.0
 
 
 class Track:
-    """Samples [L, C] of known length, of which the first `ready` are there; grows by `add`."""
+    """Samples [L, C] of known length; the first `ready` exist, and `add` appends more."""
 
     def __init__(self, samples: int, channels: int, sample_rate: int) -> None:
         self._samples = np.zeros((samples, channels), np.float32)
@@ -84,7 +84,7 @@ class Player:
         out[len(block) :] = 0
 
     def seek(self, seconds: float) -> None:
-        """Go to so many seconds from the start, within what is ready."""
+        """Go to a time in seconds from the start, within what is ready."""
         with self._lock:
             wanted = round(seconds * self.track.sample_rate)
             self.position = min(max(0, wanted), self.track.ready)
@@ -180,7 +180,7 @@ class Live:
         self._stack = ExitStack()
 
     def __call__(self, block: np.ndarray, samples: int) -> None:
-        """Add samples [n, C] of a song of so many; see Khala.on_sound."""
+        """Add samples [n, C] of a song of `samples` samples; see OnSound."""
         if self._track is None:
             self._track = Track(samples, block.shape[1], self._rate)
             self._stack.enter_context(heard_while_made(self._track, self._play))

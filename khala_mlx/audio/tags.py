@@ -32,7 +32,7 @@ _FRAMES: Mapping[str, tuple[str, str]] = {
 NAMES = tuple(_FRAMES)
 # What libsndfile calls the tags that it keeps in all four formats.
 _PLAIN = {"title": "title", "artist": "artist", "comment": "comment", "licence": "copyright"}
-# What a record tells as well, see song.Song.
+# What a record contains too, see song.Song.
 _RECORDED = ("lyrics", "licence", "prompt", "seed", "model")
 # libsndfile loses every tag of a wav with a longer one.
 _LONGEST_IN_WAV = 2045
@@ -66,7 +66,7 @@ def write(path: Path, tags: Mapping[str, str], *, suffix: str = "") -> list[str]
         suffix: the format, where `path` does not end in it.
 
     Returns:
-        The names of the tags that are not in the file, nor told by its record.
+        The names of the tags that are neither in the file nor in its record.
 
     Raises:
         AudioError: if they cannot be written.

@@ -27,7 +27,7 @@ Reader = Callable[[float], str]
 
 @contextmanager
 def single_keys() -> Iterator[Reader]:
-    """Yield a function that waits so many seconds for a key and returns its name, or "".
+    """Yield a function that waits some seconds for a key and returns its name, or "".
 
     Letters are their own names; others are "up", "down", "left", "right", "home". Where standard
     input is not a terminal the function only waits.

@@ -51,7 +51,7 @@ class PositionLine:
 
 
 def position_line(player: Player, columns: int) -> str:
-    """`▶ 1:05 / 2:10 ━━━━━━━───────` in at most so many columns."""
+    """`▶ 1:05 / 2:10 ━━━━━━━───────` in at most `columns` columns."""
     track = player.track
     rate = track.sample_rate
     mark = "‖" if player.paused else "▶"

@@ -32,7 +32,7 @@ from khala_mlx.performance.memory import Setting
 from khala_mlx.performance.op_counter import Tally
 from khala_mlx.text import shown
 
-# Tokens between two looks of the backbone at what it wrote; a measurement has so many.
+# Tokens between two looks of the backbone at what it wrote, and of a measurement.
 _BLOCK = 16
 _PROMPT = 32
 # Frames of a block of sound: enough to hide the neighbours that are rendered for nothing.
@@ -250,7 +250,7 @@ def compared(now: dict[str, Any], old: dict[str, Any]) -> dict[str, dict[str, fl
 
 
 def unlike(now: dict[str, Any], old: dict[str, Any]) -> list[str]:
-    """What was measured otherwise: names of settings in which two reports differ, if both tell."""
+    """Return the names of settings in which two reports differ, if both have them."""
     found = []
     for name in SETTINGS:
         before, after = (_told(report, name) for report in (old, now))
@@ -319,7 +319,7 @@ class RandomParts:
 
 
 def fitting(config: KhalaConfig, asked: dict[str, int | None]) -> Sizes:
-    """The sizes asked for; where none is, the defaults as far as the model's windows go.
+    """Return the sizes asked for; the others are defaults within the model's windows.
 
     There are fewer turns where the backbone's window has no room for the tokens of all.
     """

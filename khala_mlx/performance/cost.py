@@ -81,7 +81,7 @@ def compose_flops(config: KhalaConfig, cached: int) -> int:
 
 
 def prompt_flops(config: KhalaConfig, prompt: int) -> int:
-    """Operations to read a prompt of the backbone, of which only the last row is projected."""
+    """Return the operations of a prefill of the backbone; only the last row is projected."""
     return _pass_flops(config.backbone, prompt, 1, causal=True)
 
 
@@ -127,7 +127,7 @@ def _bytes_of(config: KhalaConfig, part: str, shapes: Shapes, width: int) -> int
 
 
 def _pass_flops(sizes: TransformerConfig, rows: int, wanted: int, *, causal: bool) -> int:
-    """A pass over `rows` rows of which only the last `wanted` leave the last layer."""
+    """Return the operations of a pass over `rows` rows; only the last `wanted` are returned."""
     layer = list(linear_sizes(sizes).items())[: len(linear_sizes(sizes)) // sizes.num_layers]
     for_all = sum(2 * i * o for name, (i, o) in layer if "k_proj" in name or "v_proj" in name)
     for_wanted = sum(2 * i * o for _, (i, o) in layer) - for_all

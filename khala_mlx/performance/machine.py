@@ -44,7 +44,7 @@ _CPU_PROBE, _GPU_PROBE = (384, 1 << 24), (4096, 1 << 30)
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine, as far as a forecast needs it.
+    """What a forecast needs to know of a machine.
 
     Attributes:
         name: the chip, where it is known.
@@ -99,7 +99,7 @@ def usable_of_mac(memory: int) -> int:
 
 
 def mac_with(memory: int) -> Machine:
-    """A Mac with so many bytes and, for want of its name, the rates of the slowest chip."""
+    """Return a Mac with this memory in bytes, and the rates of the slowest chip."""
     bandwidth, tflops = CHIPS["M1"]
     rates = bandwidth * 1e9, tflops * 1e12
     return Machine("a Mac", usable_of_mac(memory), False, *rates, published=True)

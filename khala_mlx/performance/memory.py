@@ -144,7 +144,7 @@ def _adapting_bytes(setting: Setting, rows: int) -> int:
 
 
 def _pass_bytes(sizes: TransformerConfig, rows: int, setting: Setting, stage: str) -> int:
-    """The most that is at work in a layer of a pass over so many rows."""
+    """Return the largest working memory of a layer in a pass over `rows` rows."""
     arrays = (
         sizes.hidden_size,
         sizes.intermediate_size,

@@ -32,7 +32,7 @@ class Job:
         songs: how many.
         kv_bits: quantization of the key-value cache.
         begun: frames of each song that are taken over from another one.
-        judged: whether the backbone reads each song once more, to tell how likely it is.
+        judged: whether the backbone reads each song once more, to measure its likelihood.
         expected: whether the detail is chosen by expectation, which takes the codec's codebooks.
         draft: the layers that songs are refined to, if not to all.
         finished: how many of them are refined to all layers nevertheless, and rendered again.

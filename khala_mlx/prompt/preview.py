@@ -1,4 +1,4 @@
-"""What a dry run tells of a prompt before anything is loaded: how the models will read it."""
+"""What a dry run shows of a prompt before anything is loaded: how the models read it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PATTERNS = {
         r"(?mi)^\s*\(?(?:verse|chorus|bridge|intro|outro|pre-chorus)(?:\s*\d+)?\)?\s*:?\s*$"
     ),
 }
-# A character that the tokenizer cannot say in so many tokens is one it hardly ever met.
+# A character that takes this many tokens is one that the tokenizer hardly ever met.
 _MANY_TOKENS = 3
 # Kinds of doubt about characters that are shown, and characters that are named for each.
 _MOST_DOUBTS, _MOST_NAMED = 5, 5

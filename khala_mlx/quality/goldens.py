@@ -27,7 +27,7 @@ _MOST_IDS = 1000
 # Superres runs once for each layer that is compared, not for all.
 _LAYERS = 6
 # Beyond these a stage computes something else (measured: docs/parity.md). The share of equal best
-# tokens alone would not tell: a song leads on to its next token even where a layer is missing.
+# tokens alone would not show it: a song leads on to its next token even where a layer is missing.
 LEAST_EQUAL = 0.8
 MOST_NATS = {"backbone": 0.003, "superres": 0.01}
 LEAST_SNR = 40.0

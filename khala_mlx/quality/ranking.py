@@ -38,7 +38,7 @@ class Measures:
 
     @property
     def faults(self) -> list[str]:
-        """Names of the measures that tell of a broken song."""
+        """The names of the measures that show a broken song."""
         limits = {
             "silence": MOST_SILENCE,
             "repetition": MOST_REPETITION,

@@ -1,6 +1,6 @@
 """Measures how much each matrix suffers from quantization, and finds the best mixed one.
 
-A matrix at a time is replaced by what it would be at so many bits, and the distance of the model's
+One matrix at a time is replaced by its quantization, and the distance of the model's
 predictions from its own is measured on songs it writes itself. Small changes add up, so that bits
 can be given to where they help most. mlx-lm's dynamic_quant estimates the same from gradients,
 which need several times the memory of the model.
@@ -24,14 +24,14 @@ from khala_mlx.performance import cost as counts
 from khala_mlx.pipeline.khala import Khala
 from khala_mlx.prompt.prompt import Prompt
 
-# What a matrix may have; MLX quantizes 2 bits too, of which nothing good is known.
+# What a matrix may have; MLX quantizes to 2 bits too, with bad results.
 BITS = (3, 4, 5, 6, 8)
 # What the songs are asked for: words, so that the rows of text count too, and none.
 _PROMPTS = (
     Prompt(tags="slow rock, electric guitar", lyrics="[verse]\nthe lights go out\nover the town"),
     Prompt(tags="piano, calm", instrumental=True),
 )
-# Fine layers whose codes are judged: every so many of them.
+# Interval of the fine codebooks whose codes are judged.
 _EVERY = 8
 _HALVINGS = 60
 

@@ -1,4 +1,4 @@
-"""What `khala info` tells of a song, a codes file, a take or a model folder."""
+"""What `khala info` shows of a song, a codes file, a take or a model folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from khala_mlx.song.take import Take
 
 # No honest safetensors header is larger; the format's own reader has the same limit.
 _MAX_HEADER = 100_000_000
-# Fields of a request that tell something with 0 and False, too.
+# Fields of a request that mean something with 0 and False, too.
 _TELLING = ("seed", "refine_seed", "reachable_only")
 
 
@@ -124,7 +124,7 @@ def _sound(path: Path) -> dict[str, Any]:
 
 
 def _provenance(path: Path) -> dict[str, Any]:
-    """What the record of a sound tells; a stranger's song.json does not hide the sound itself."""
+    """Return the record of a sound; a damaged one does not hide the sound itself."""
     try:
         return _song(Record.read(path).values, str(path))
     except KhalaError as error:
@@ -146,7 +146,7 @@ def _song(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _is_said(name: str, value: Any) -> bool:
-    """Whether a field of a request tells more than that nothing was asked."""
+    """Return whether a field of a request says more than that nothing was asked."""
     return bool(value) or (name in _TELLING and value is not None)
 
 

@@ -40,7 +40,7 @@ class Entry:
         line: where it stands, from 1.
         output: its file, relative to the destination.
         values: fields of a request, as given.
-        names: title and artist, as far as given.
+        names: title and artist, if given.
         error: why it cannot be made, if so.
     """
 

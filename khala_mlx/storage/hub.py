@@ -151,7 +151,7 @@ def _told(repo: str, error: Exception) -> HubError:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository: bytes, and its SHA-256 where the Hub tells it."""
+    """A file of a repository: bytes, and its SHA-256 if the Hub states it."""
 
     size: int
     sha256: str | None = None
@@ -186,7 +186,7 @@ def listing(repo: str, revision: str | None = None) -> Listing:
 
 
 def _listed(repo: str, info: Any) -> Listing:
-    """What the Hub, or what calls itself that, told of a repository."""
+    """What the Hub, or a mirror, said of a repository."""
     files = {
         str(each.rfilename): RemoteFile(int(each.size or 0), each.lfs.sha256 if each.lfs else None)
         for each in info.siblings or []
@@ -201,7 +201,7 @@ def _listed(repo: str, info: Any) -> Listing:
 def fetch(
     repo: str, revision: str, name: str, folder: Path, on_bytes: Callable[[int], None]
 ) -> Path:
-    """Fetch one file into a folder; a file that is there already whole is not fetched again.
+    """Fetch one file into a folder, unless it is there already and complete.
 
     Raises:
         HubError: in one sentence; what has come stays for the next time.

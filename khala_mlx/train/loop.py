@@ -167,7 +167,7 @@ class Run:
 
 
 def entries(log: Path) -> list[dict[str, float]]:
-    """What a log tells; a last line that a kill cut short is left out."""
+    """Return the entries of a log, without a last line that a kill cut short."""
     text = log.read_text(encoding="utf-8") if log.exists() else ""
     try:
         found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

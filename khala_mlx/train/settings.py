@@ -87,7 +87,7 @@ class CodecTraining(_FromFile):
     two layers, to the log-mel spectrum: they put the voice into the coarse codes.
 
     With `whole_frames` crops start on the codec's frames. Music whose events keep to that grid then
-    meets the codec in one phase only, and far fewer numbers tell it; other sound loses.
+    meets the codec in one phase only, and needs far fewer numbers; other sound loses.
     """
 
     codec: CodecConfig = field(default_factory=CodecConfig)

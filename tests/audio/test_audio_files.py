@@ -112,7 +112,7 @@ def test_a_stream_without_a_length_is_refused(tmp_path: Path) -> None:
     content[22:26] = bytes(4)
     (tmp_path / "a.flac").write_bytes(content)
     for read in (audio.sound_length, lambda path, rate: audio.read_audio(path, rate, 2)):
-        with pytest.raises(AudioError, match="does not tell its length"):
+        with pytest.raises(AudioError, match="does not state its length"):
             read(tmp_path / "a.flac", 44100)
 
 

@@ -378,7 +378,7 @@ def test_convert_reports_and_shows_the_licence(oracle: Path) -> None:
         (["--lyrics-file", "binary"], "binary is damaged: it is not whole utf-16-le"),
         (["--seed", "-3"], "seed"),
         (["-m", "absent"], "no model folder"),
-        (["-m", "new\nline"], "no model folder new line"),
+        (["-m", "new\nline"], "no model folder or Hub repository new line"),
     ],
 )
 def test_user_errors(tiny_folder: Path, arguments: list[str], sentence: str) -> None:

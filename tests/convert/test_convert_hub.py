@@ -136,9 +136,9 @@ def test_refusals(
     ("error", "message"),
     [
         (errors.EntryNotFoundError("no\nfile"), "is missing a file"),
-        (http_error(errors.HfHubHTTPError), r"cannot be fetched .*\(HfHubHTTPError\)"),
+        (http_error(errors.HfHubHTTPError), r"cannot be fetched from the Hugging Face Hub \("),
         (OSError(28, "No space left on device"), "cannot be downloaded: No space left on device"),
-        (ConnectionError("no\nroute"), r"cannot be fetched .*\(ConnectionError\)"),
+        (ConnectionError("no\nroute"), r"cannot be fetched .*\(no connection\)"),
         (errors.LocalEntryNotFoundError("no\nroute"), "cannot be reached"),
     ],
 )
@@ -159,7 +159,7 @@ def test_an_earlier_download_serves_without_a_network(
     fake.info_error = ConnectionError("no route")
     assert locate(REPO).revision == "vinpolar"
     fake.download_error = errors.LocalEntryNotFoundError("nothing\nthere")
-    with pytest.raises(KhalaError, match=r"cannot be fetched .*\(ConnectionError\)"):
+    with pytest.raises(KhalaError, match=r"cannot be fetched .*\(no connection\)"):
         locate(REPO)
 
 

@@ -6,7 +6,6 @@ Under `mlx.launch` the processes share the list.
 from __future__ import annotations
 
 import os
-import secrets
 import subprocess
 import sys
 import time
@@ -145,6 +144,8 @@ def _made(
 def _song(
     khala: Khala, entry: Entry, path: Path, model: ModelArgs, file: FileArgs, progress: _Progress
 ) -> dict[str, Any]:
+    import secrets
+
     from khala_mlx.cli.session import Output, claim, finish, write_song
     from khala_mlx.pipeline.begin import prepared
     from khala_mlx.song.song import take_path

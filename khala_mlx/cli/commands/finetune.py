@@ -10,7 +10,6 @@ import click
 
 from khala_mlx.cli.options import group
 from khala_mlx.cli.terminal import Progress, command, report
-from khala_mlx.config import LINEARS
 
 if TYPE_CHECKING:
     from khala_mlx.train.settings import LoraTraining
@@ -40,6 +39,13 @@ cut_option = click.option(
     help="Cut longer songs.  [default: no limit]",
 )
 POSITIVE = click.IntRange(1)
+
+
+def _all_linears() -> str:
+    # config is slow to import, and `khala --help` is not to wait for it.
+    from khala_mlx.config import LINEARS
+
+    return ",".join(LINEARS)
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,8 @@ lora_options = group(
     ),
     click.option(
         "--modules",
-        default=",".join(LINEARS),
-        show_default=True,
+        default=_all_linears,
+        show_default="all linear layers",
         help="Linear layers to adapt in each.",
     ),
     click.option("--dora", is_flag=True, help="DoRA instead of LoRA."),

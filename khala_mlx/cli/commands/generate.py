@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -83,6 +82,9 @@ def _request(**values: Any) -> Request:
 
 
 def _random_seed() -> int:
+    # Slow to import, and `khala --help` is not to wait for it.
+    import secrets
+
     return secrets.randbelow(2**32)
 
 

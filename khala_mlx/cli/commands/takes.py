@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +57,8 @@ def refine(
     as_json: bool,
 ) -> None:
     """Keep what TAKE's backbone composed and make new detail, as a song of its own."""
+    import secrets
+
     from khala_mlx.cli.session import Output, free_name, open_model, save_song
     from khala_mlx.song.take import Take
 

@@ -88,7 +88,7 @@ class Hearing:
             return {}
 
     def _read(self, path: Path) -> np.ndarray:
-        # One second more than is wanted tells that a file is too long.
+        # One second more than is wanted shows that a file is too long.
         longest = self.max_seconds + 1
         with (
             _told_of(path, path),

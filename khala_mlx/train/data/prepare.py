@@ -53,7 +53,7 @@ DEFAULT_SHARE, FEWEST_TO_SPLIT = 0.1, 5
 class Tools:
     """What songs are prepared with.
 
-    `config` is the model's; a codec run has none yet, and `max_prompt` tells how many tokens the
+    `config` is the model's; a codec run has none yet, and `max_prompt` says how many tokens the
     prompts of both language models may take, if that is known.
     """
 
@@ -135,7 +135,7 @@ def tools_of(
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse to write over a metadata.jsonl that tells of sound files instead of codes.
+    """Refuse to overwrite a metadata.jsonl that lists sound files instead of codes.
 
     Raises:
         KhalaError: if `folder` holds one, as a folder of songs does.
@@ -355,7 +355,7 @@ def _splits_before(folder: Path, how: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _entry(song: _Chosen, split: str, hop: int) -> dict[str, Any]:
-    """What metadata.jsonl tells of a song; its lyrics are cleaned when they are read."""
+    """Return the row of a song; its lyrics are cleaned when they are read."""
     return {
         "id": song.found.name,
         "split": split,

@@ -103,7 +103,7 @@ def compare(
 
 
 def figures(sums: np.ndarray) -> np.ndarray:
-    """What `compare` tells, from sums [2 or 3, ...] of tokens and of the nats of both models."""
+    """Return the report of `compare`, from sums [2 or 3, ...] of tokens and nats of both models."""
     tokens, base, *adapted = sums
     if not adapted:
         return np.stack([base / tokens])

@@ -55,7 +55,7 @@ def write_page(
 ) -> list[dict[str, Any]]:
     """Write `folder`, which appears whole: index.html and two .flac files for each trial.
 
-    Which of A and B has the adapters is drawn by `seed`; the page tells when it is asked.
+    Which of A and B has the adapters is drawn by `seed`; the page reveals it on request.
 
     Returns:
         For each trial the loudness of both sounds in LUFS, None where one of them has none.

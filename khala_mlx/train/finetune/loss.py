@@ -159,7 +159,7 @@ def _call(layer: Block, names: list[str], seed: int) -> Call:
 
 
 def _made_twice(call: Call) -> Call:
-    """`call`, of which only the inputs are kept for the gradients.
+    """Return `call` with only its inputs kept for the gradients.
 
     mx.checkpoint lets the second pass of every layer begin as soon as the first has ended; here it
     waits for the gradients that come in, so that one layer at a time is held.

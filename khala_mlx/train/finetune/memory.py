@@ -2,7 +2,7 @@
 
 Counts arrays: what is held throughout, what layers keep for their gradients, and what is at work
 while the gradients of one layer are taken. The first two follow from the graph, the last is fitted
-to peaks measured on the CPU backend (docs/fine-tuning.md tells the arithmetic and how close it is).
+to peaks measured on the CPU backend (docs/fine-tuning.md has the arithmetic and its accuracy).
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ def train_lora(
     if not processes.leads:
         return figures
     log = entries(folder / LOG)
-    # A run that continues without its log has no first loss to tell, nor steps if none were left.
+    # A run that continues without its log has no first loss to report, nor steps if none were left.
     first = log[0] if log else {"step": 1}
     before = {"loss_before": first["valid_loss"]} if first["step"] == 0 else {}
     steps = {"steps": log[-1]["step"]} if log else {}
@@ -175,7 +175,7 @@ def _songs(
     if settings.patience:
         raise KhalaError(f"{data} holds out no songs to stop by; leave patience at 0.")
     warnings.warn(
-        f"{data} holds out no songs: nothing will tell whether these are learnt by heart.",
+        f"{data} has no held-out songs, so nothing shows whether the songs are memorised.",
         KhalaWarning,
         stacklevel=2,
     )

@@ -311,7 +311,7 @@ def test_a_long_song_is_to_be_cut(tiny_folder: Path, tmp_path: Path) -> None:
     )
     model = write_tiny_model(tmp_path / "model", config)
     data = write_songs(tmp_path / "coded", [3000, 40], held_out=0)
-    with pytest.warns(KhalaWarning, match="holds out no songs"):
+    with pytest.warns(KhalaWarning, match="has no held-out songs"):
         chosen = plan(model, data, settings({"batch_size": 1}, grad_checkpoint=True))
     with pytest.raises(KhalaError, match=r"add --max-seconds [1-8]\.") as error:
         check_memory(chosen, chosen.forecast.total / 2)
@@ -341,7 +341,7 @@ def test_data_that_does_not_go_with_the_model(
     with pytest.raises(KhalaError, match="has 2 layers, 3 were to get"):
         plan(tiny_folder, data, settings(layers=3))
     alone = write_songs(tmp_path / "alone", [9])
-    with pytest.raises(KhalaError, match="holds out no songs to stop by"):
+    with pytest.raises(KhalaError, match="has no held-out songs to stop by"):
         plan(tiny_folder, alone, settings(patience=1))
 
 
@@ -430,7 +430,7 @@ def test_codes_of_no_frames_are_refused(tiny_folder: Path, tmp_path: Path) -> No
 
 def test_no_songs_held_out_means_no_figures(tiny_folder: Path, tmp_path: Path) -> None:
     alone = write_songs(tmp_path / "alone", [9, 12])
-    with pytest.warns(KhalaWarning, match="holds out no songs"):
+    with pytest.warns(KhalaWarning, match="has no held-out songs"):
         chosen = plan(tiny_folder, alone, settings())
     assert set(train_lora(chosen, tmp_path / "run")) == {"steps", "peak_bytes"}
 
