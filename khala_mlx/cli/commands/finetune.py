@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
+from khala_mlx.cli.options import group
 from khala_mlx.cli.terminal import Progress, command, report
 from khala_mlx.config import LINEARS
+
+if TYPE_CHECKING:
+    from khala_mlx.train.settings import LoraTraining
 
 FOLDER = click.Path(path_type=Path)
 
 model_option = click.option(
-    "--model", "-m", default="demo", show_default="the bundled demo model", help="What is adapted."
+    "--model", "-m", default="demo", show_default="the bundled demo model", help="Model to adapt."
 )
 data_option = click.option(
     "--data", type=FOLDER, required=True, help="Folder made by `khala train prepare`."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 scale_option = click.option(
-    "--adapter-scale", "scales", type=float, multiple=True, help="One for each adapter."
+    "--adapter-scale", "scales", type=float, multiple=True, help="Strength of each adapter."
 )
 vocabulary_option = click.option(
     "--reachable-only/--whole-vocabulary",
@@ -29,89 +34,170 @@ vocabulary_option = click.option(
     help="Predict from the tokens that can follow, or from all.",
 )
 cut_option = click.option(
-    "--max-seconds", type=click.FloatRange(0), default=0.0, help="Cut longer songs."
+    "--max-seconds",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="Cut longer songs.  [default: no limit]",
 )
 POSITIVE = click.IntRange(1)
+
+
+@dataclass(frozen=True)
+class LoraArgs:
+    """The settings of a LoRA training, as options."""
+
+    rank: int
+    scale: float
+    layers: int | None
+    modules: str
+    dora: bool
+    dropout: float
+    steps: int
+    batch_size: int
+    grad_accumulation: int
+    learning_rate: float
+    warmup: int | None
+    max_seconds: float
+    reachable_only: bool
+    grad_checkpoint: bool
+    validate_every: int
+    checkpoint_every: int
+    patience: int
+    replay_share: float
+    seed: int
+
+    def training(self, *, replay: bool) -> LoraTraining:
+        """Return the settings of the training."""
+        from khala_mlx.train.settings import LoraTraining, Schedule
+
+        schedule = Schedule(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            warmup=min(50, self.steps // 10) if self.warmup is None else self.warmup,
+            seed=self.seed,
+            validate_every=self.validate_every,
+            checkpoint_every=self.checkpoint_every,
+        )
+        return LoraTraining(
+            schedule,
+            rank=self.rank,
+            scale=self.scale,
+            dropout=self.dropout,
+            dora=self.dora,
+            grad_checkpoint=self.grad_checkpoint,
+            max_seconds=self.max_seconds,
+            patience=self.patience,
+            layers=self.layers or 0,
+            modules=tuple(name.strip() for name in self.modules.split(",")),
+            accumulate=self.grad_accumulation,
+            whole_vocabulary=not self.reachable_only,
+            replay_share=self.replay_share if replay else 0.0,
+        )
+
+
+lora_options = group(
+    "settings",
+    LoraArgs,
+    click.option("--rank", type=POSITIVE, default=16, show_default=True),
+    click.option(
+        "--scale", type=float, default=2.0, show_default=True, help="Strength, alpha / rank."
+    ),
+    click.option(
+        "--layers", type=POSITIVE, help="How many of the last layers to adapt.  [default: all]"
+    ),
+    click.option(
+        "--modules",
+        default=",".join(LINEARS),
+        show_default=True,
+        help="Linear layers to adapt in each.",
+    ),
+    click.option("--dora", is_flag=True, help="DoRA instead of LoRA."),
+    click.option("--dropout", type=float, default=0.0, show_default=True),
+    click.option("--steps", type=POSITIVE, default=600, show_default=True),
+    click.option(
+        "--batch-size", type=POSITIVE, default=1, show_default=True, help="Songs per batch."
+    ),
+    click.option(
+        "--grad-accumulation", type=POSITIVE, default=8, show_default=True, help="Batches per step."
+    ),
+    click.option("--learning-rate", type=float, default=1e-4, show_default=True),
+    click.option("--warmup", type=click.IntRange(0), help="Steps.  [default: a tenth, 50 at most]"),
+    cut_option,
+    vocabulary_option,
+    click.option("--grad-checkpoint", is_flag=True, help="Use less memory and a third more time."),
+    click.option("--validate-every", type=POSITIVE, default=50, show_default=True, help="Steps."),
+    click.option("--checkpoint-every", type=POSITIVE, default=50, show_default=True, help="Steps."),
+    click.option(
+        "--patience",
+        type=click.IntRange(0),
+        default=0,
+        help="Stop after this many validations without a better loss, and keep the best adapter.",
+    ),
+    click.option(
+        "--replay-share",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        default=0.25,
+        show_default=True,
+        help="Share of the batches with such songs.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True),
+)
 
 
 @click.command()
 @model_option
 @data_option
 @click.option("--out", type=FOLDER, required=True, help="Folder of the run and of the adapter.")
-@click.option("--rank", type=POSITIVE, default=16, show_default=True)
+@lora_options
 @click.option(
-    "--scale", type=float, default=2.0, show_default=True, help="Others call it alpha / rank."
+    "--replay",
+    type=FOLDER,
+    help="Another prepared folder, of songs that the model should not forget.",
 )
-@click.option("--layers", type=POSITIVE, help="How many get one, the last ones.  [default: all]")
-@click.option(
-    "--modules", default=",".join(LINEARS), show_default=True, help="The linear layers in each."
-)
-@click.option("--dora", is_flag=True, help="DoRA instead of LoRA.")
-@click.option("--dropout", type=float, default=0.0, show_default=True)
-@click.option("--steps", type=POSITIVE, default=600, show_default=True)
-@click.option("--batch-size", type=POSITIVE, default=1, show_default=True, help="Songs.")
-@click.option(
-    "--grad-accumulation", type=POSITIVE, default=8, show_default=True, help="Batches to a step."
-)
-@click.option("--learning-rate", type=float, default=1e-4, show_default=True)
-@click.option("--warmup", type=click.IntRange(0), help="Steps.  [default: a tenth, 50 at most]")
-@cut_option
-@vocabulary_option
-@click.option(
-    "--grad-checkpoint", is_flag=True, help="Less memory, a third more time: make layers twice."
-)
-@click.option("--validate-every", type=POSITIVE, default=50, show_default=True, help="Steps.")
-@click.option("--checkpoint-every", type=POSITIVE, default=50, show_default=True, help="Steps.")
-@click.option(
-    "--patience",
-    type=click.IntRange(0),
-    default=0,
-    help="Stop after so many validations without a better loss, and keep the best adapter.",
-)
-@click.option(
-    "--replay", type=FOLDER, help="Another prepared folder: songs to mix in, not to be forgotten."
-)
-@click.option(
-    "--replay-share",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.25,
-    show_default=True,
-    help="Of the batches.",
-)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUT.")
+@click.option("--resume", is_flag=True, help="Resume from the last checkpoint in OUT.")
 @click.option(
     "--memory-limit",
     type=float,
-    help="GB that the training may take.  [default: what the device has]",
+    help="Memory to use, in GB.  [default: what the device has]",
 )
 @click.option("--dry-run", is_flag=True, help="Show the memory forecast and stop.")
 @json_option
 @command
-def lora(model: str, data: Path, out: Path, as_json: bool, **options: Any) -> None:
-    """Teach the backbone from prepared songs; the adapter goes into OUT.
+def lora(
+    model: str,
+    data: Path,
+    out: Path,
+    settings: LoraArgs,
+    replay: Path | None,
+    resume: bool,
+    memory_limit: float | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train a LoRA adapter of the backbone on prepared songs, into OUT.
 
-    Use it with `khala generate --adapter OUT`. What is learnt is the adapter alone, so the model
-    may be quantized (`khala convert --quantize`).
+    Use it with `khala generate --adapter OUT`. Only the adapter is trained, so the model may be
+    quantized (`khala convert --quantize`).
     """
     from khala_mlx.distributed import Processes
     from khala_mlx.train.finetune.run import check_memory, plan, train_lora
 
-    planned = plan(model, data, _settings(options), options["replay"])
+    planned = plan(model, data, settings.training(replay=replay is not None), replay)
     told = planned.forecast.to_dict()
-    if options["dry_run"]:
+    if dry_run:
         click.echo(f"Memory: {_memory(told)}", err=True)
         report({f"{name}_bytes": value for name, value in told.items()}, as_json)
         return
-    processes, limit = Processes.launched(), options["memory_limit"]
+    processes = Processes.launched()
     if processes.leads:
         click.echo(f"Memory: {_memory(told)}", err=True)
-    check_memory(planned, limit * 1e9 if limit is not None else None)
+    check_memory(planned, memory_limit * 1e9 if memory_limit is not None else None)
     progress = Progress()
     figures = train_lora(
         planned,
         out,
-        resume=options["resume"],
+        resume=resume,
         processes=processes,
         on_progress=lambda done, total: progress("train", done, total) if processes.leads else None,
     )
@@ -124,7 +210,12 @@ def lora(model: str, data: Path, out: Path, as_json: bool, **options: Any) -> No
 @click.argument("destination", type=FOLDER, metavar="DEST")
 @model_option
 @click.option(
-    "--adapter", "adapters", type=FOLDER, multiple=True, required=True, help="Can be repeated."
+    "--adapter",
+    "adapters",
+    type=FOLDER,
+    multiple=True,
+    required=True,
+    help="LoRA adapter folder. Repeatable.",
 )
 @scale_option
 @json_option
@@ -136,7 +227,7 @@ def fuse(
     scales: tuple[float, ...],
     as_json: bool,
 ) -> None:
-    """Write the model folder DEST: the model with adapters worked into its backbone."""
+    """Write the model folder DEST: the model with adapters merged into its backbone."""
     from khala_mlx.convert import fuse as run
     from khala_mlx.convert import read_adapter
     from khala_mlx.errors import KhalaError
@@ -154,7 +245,9 @@ def fuse(
 
 @click.command()
 @click.argument("destination", type=FOLDER, metavar="DEST")
-@click.option("--adapter", type=FOLDER, required=True, help="In any layout that generate takes.")
+@click.option(
+    "--adapter", type=FOLDER, required=True, help="Adapter in any format that `generate` reads."
+)
 @click.option(
     "--format", "layout", type=click.Choice(["peft", "mlx"]), default="peft", show_default=True
 )
@@ -167,27 +260,6 @@ def export(destination: Path, adapter: Path, layout: str, as_json: bool) -> None
     found = read_adapter(adapter)
     export_adapter(found, destination, layout)
     report({"folder": str(destination), "layers": len(found.pairs), "format": layout}, as_json)
-
-
-def _settings(options: dict[str, Any]) -> Any:
-    from khala_mlx.train.settings import LoraTraining, Schedule
-
-    names = ("steps", "batch_size", "learning_rate", "seed", "validate_every", "checkpoint_every")
-    warmup = options["warmup"]
-    schedule = Schedule(
-        **{name: options[name] for name in names},
-        warmup=min(50, options["steps"] // 10) if warmup is None else warmup,
-    )
-    same = ("rank", "scale", "dropout", "dora", "grad_checkpoint", "max_seconds", "patience")
-    return LoraTraining(
-        schedule,
-        **{name: options[name] for name in same},
-        layers=options["layers"] or 0,
-        modules=tuple(name.strip() for name in options["modules"].split(",")),
-        accumulate=options["grad_accumulation"],
-        whole_vocabulary=not options["reachable_only"],
-        replay_share=options["replay_share"] if options["replay"] else 0.0,
-    )
 
 
 def _memory(told: dict[str, int]) -> str:

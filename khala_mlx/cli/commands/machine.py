@@ -59,7 +59,17 @@ _LITTLE_DISK = 30e9
               help="Fail if a ratio to the kernel baseline grew by over a quarter.")  # fmt: skip
 @json_option
 @command
-def bench(**options: Any) -> None:
+def bench(
+    model: str,
+    random: tuple[int, int] | None,
+    cached: int | None,
+    songs: int,
+    rows: int | None,
+    chunk_frames: int | None,
+    turns: int,
+    compare: Path | None,
+    as_json: bool,
+) -> None:
     """Time compose, refine and render against their kernel baseline.
 
     The kernel baseline is the bare kernels of the same shapes, dtype and quantization, run
@@ -69,27 +79,27 @@ def bench(**options: Any) -> None:
     from khala_mlx.errors import KhalaWarning
     from khala_mlx.performance.bench import compared, measured, unlike
 
-    old = _read(options["compare"]) if options["compare"] else None
-    sizes = {name: options[name] for name in ("cached", "songs", "rows", "turns")}
-    parts, source = _parts(options)
-    told = measured(parts, source, sizes, options["chunk_frames"])
+    old = _read(compare) if compare else None
+    sizes = {"cached": cached, "songs": songs, "rows": rows, "turns": turns}
+    parts, source = _parts(model, random)
+    told = measured(parts, source, sizes, chunk_frames)
     if old is not None:
         told["compared"] = compared(told, old)
         if other := unlike(told, old):
             warnings.warn(f"Not alike: {'; '.join(other)}.", KhalaWarning, stacklevel=2)
-    report(told if options["as_json"] else _lines(told), options["as_json"])
+    report(told if as_json else _lines(told), as_json)
     if old is not None:
         _fail_if_worse(told["compared"])
 
 
-def _parts(options: dict[str, Any]) -> tuple[Measurable, str]:
-    if options["random"] is None:
+def _parts(model: str, random: tuple[int, int] | None) -> tuple[Measurable, str]:
+    if random is None:
         from khala_mlx.pipeline.parts import Parts
 
-        return Parts.open(options["model"], keep_loaded=False), options["model"]
+        return Parts.open(model, keep_loaded=False), model
     from khala_mlx.performance.bench import RandomParts
 
-    parts = RandomParts(*options["random"])
+    parts = RandomParts(*random)
     return parts, parts.source
 
 
