@@ -92,7 +92,7 @@ def compose_bytes(
 def judge_bytes(config: KhalaConfig, setting: Setting, tokens: int) -> int:
     """The most that judging a song of `tokens` tokens, prompt included, needs beside the weights.
 
-    It is one pass without a cache; see Backbone.nats per token.
+    It is one pass without a cache; see Backbone.nats_per_token.
     """
     return _head_bytes(config, setting) + _pass_bytes(config.backbone, tokens, setting, "compose")
 

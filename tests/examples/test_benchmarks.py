@@ -181,7 +181,7 @@ def test_the_gate_runs(tmp_path: Path) -> None:
         pytest.skip("the committed figures are of another device")
     assert result.returncode == 1
     assert "attempt 1" in result.stdout
-    assert result.stderr.endswith("floor: compose.floor_ratio, render.floor_ratio.\n")
+    assert result.stderr.endswith("baseline: compose.floor_ratio, render.floor_ratio.\n")
 
 
 def test_compiled() -> None:
