@@ -89,10 +89,10 @@ def test_folders_of_users_who_are_not_here(
 ) -> None:
     monkeypatch.setenv("KHALA_CONFIG", "~nobody-of-this-name/config.toml")
     result = run("generate", "--dry-run")
-    assert (result.exit_code, "KHALA_CONFIG names the home" in result.stderr) == (2, True)
+    assert (result.exit_code, "KHALA_CONFIG" in result.stderr) == (2, True)
     monkeypatch.delenv("KHALA_CONFIG")
     monkeypatch.setenv("KHALA_MODELS", "~nobody-of-this-name/models")
-    assert "KHALA_MODELS names the home" in run("models", "list").stderr
+    assert "KHALA_MODELS" in run("models", "list").stderr
     monkeypatch.delenv("KHALA_MODELS")
     # What songs took is nothing that one fails for.
     monkeypatch.setenv("KHALA_CACHE", "~nobody-of-this-name")
