@@ -16,6 +16,8 @@ from khala_mlx import Khala, Song
 from khala_mlx.cli import main
 from khala_mlx.train.losses import log_mel
 
+pytestmark = pytest.mark.extended
+
 FOLDER = Path(khala_mlx.__file__).parent / "demo"
 EXAMPLES = Path(__file__).parents[1] / "examples" / "train_demo"
 ASKED = {"tags": "waltz, slow, happy", "lyrics": "do re mi\nfa sol la\nti la sol do"}

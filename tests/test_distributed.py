@@ -16,6 +16,8 @@ from khala_mlx.storage.adapter import Adapter
 from khala_mlx.train.finetune.run import plan, train_lora
 from khala_mlx.train.settings import LoraTraining, Schedule
 
+pytestmark = pytest.mark.extended
+
 
 @needs_ring
 def test_two_processes_have_the_losses_of_one(tiny_folder: Path, tmp_path: Path) -> None:

@@ -226,6 +226,7 @@ def test_odd_codes(tiny_folder: Path, tmp_path: Path, data: st.DataObject) -> No
 
 @fuzzed
 @given(lyrics=st.text(max_size=60), tags=st.text(max_size=20))
+@pytest.mark.extended
 def test_any_lyrics(tiny_folder: Path, tmp_path: Path, lyrics: str, tags: str) -> None:
     for extra in ([], ["--dry-run"]):
         asked = ["--lyrics", lyrics, f"--tags={tags}", "--seconds", 0.02, *extra]

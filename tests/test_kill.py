@@ -15,6 +15,8 @@ import pytest
 
 from khala_mlx.song.take import Take
 
+pytestmark = pytest.mark.extended
+
 KILLS = int(os.environ.get("KHALA_KILLS", "2"))
 TAKE = "song.take.safetensors"
 ASKED = ["--tags", "waltz, slow, happy", "--lyrics", "do re mi", "--seconds", "1", "--seed", "1"]

@@ -247,6 +247,7 @@ def started(model: Path, path: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.extended
 def test_ctrl_c_once_finishes_the_song_at_hand(tiny_folder: Path) -> None:
     path = write({**SHORT, "output": "a.wav"}, {**SHORT, "output": "b.wav"})
     process = started(tiny_folder, path)
@@ -306,6 +307,7 @@ main(sys.argv[1:])
 
 
 @needs_ring
+@pytest.mark.extended
 def test_processes_share_a_list(tiny_folder: Path) -> None:
     songs = [{**SHORT, "tags": "pop", "seed": seed} for seed in range(4)]
     path = write(*songs[:2], "no json", *songs[2:])
@@ -335,6 +337,7 @@ def test_processes_share_a_list(tiny_folder: Path) -> None:
 
 
 @needs_ring
+@pytest.mark.extended
 def test_processes_with_different_lists_stop(tiny_folder: Path) -> None:
     for rank in range(2):
         Path(f"{rank}.jsonl").write_text(json.dumps({**SHORT, "seed": rank}))

@@ -737,6 +737,7 @@ def try_everything(path: Path) -> None:
     ids=["metadata", "common", "ckpt-head", "ckpt-tail"],
 )
 @pytest.mark.usefixtures("blind")
+@pytest.mark.extended
 def test_fuzzed_megatron(
     originals: Path, tmp_path_factory: pytest.TempPathFactory, file: str, window: int | None
 ) -> None:

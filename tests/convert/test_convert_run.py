@@ -498,6 +498,7 @@ def write_hollow(root: Path, sizes: Sizes) -> int:
 
 
 @pytest.mark.parametrize("kind", ["plain", "quantised"])
+@pytest.mark.extended
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path, kind: str) -> None:
     """500 MB of source: not even its largest tensor (150 MB) is held at once."""
     sizes = Sizes(layers=1, heads=4, groups=2, head_dim=64, hidden=192, ffn=512)

@@ -137,7 +137,7 @@ def test_no_model_of_numbers_that_are_not_finite_is_written(
 ) -> None:
     adapter = random_adapter(CONFIG, size=3.0)
     for strength in (float("nan"), float("inf"), 1e37):
-        with pytest.raises(KhalaError, match="finite"):
+        with pytest.raises(KhalaError, match="overflows|not finite"):
             fuse(tiny_folder, [(adapter, strength)], tmp_path / "fused")
         assert not list(tmp_path.iterdir())
     export_adapter(adapter, tmp_path / "some", "mlx")

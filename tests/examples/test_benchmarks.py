@@ -14,6 +14,8 @@ from tiny_model import write_tiny_model
 
 from khala_mlx.config import KhalaConfig
 
+pytestmark = pytest.mark.extended
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny_model import write_tiny_model
 
 from khala_mlx.storage.adapter import Adapter
+
+pytestmark = pytest.mark.extended
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "fine_tune"

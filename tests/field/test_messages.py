@@ -38,6 +38,7 @@ def test_reasons_are_words() -> None:
         assert type(error).__name__ not in plain_reason(error)
 
 
+@pytest.mark.extended
 def test_three_at_once_get_names_of_their_own(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,7 @@ def peak(build: Callable[[], object], work: Callable[..., object]) -> int:
 
 @pytest.mark.skipif(not HERE.on_cpu, reason="the fitted counts are the CPU backend's")
 @pytest.mark.parametrize("name", list(SIZES))
+@pytest.mark.extended
 def test_the_forecast_is_within_a_tenth(name: str) -> None:
     config, rows, chunk = SIZES[name]
     frames = rows - PROMPT

@@ -106,6 +106,7 @@ def test_low_memory_frees_each_stage(tiny_folder: Path, song: Song) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*do not fit the window")
+@pytest.mark.extended
 def test_a_packed_cache_is_asked_for_recorded_and_planned(tmp_path: Path) -> None:
     config = KhalaConfig.tiny()
     config = dataclasses.replace(

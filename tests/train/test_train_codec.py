@@ -62,6 +62,7 @@ def trained(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("step", [2, 5, 9])
+@pytest.mark.extended
 def test_a_killed_run_goes_on_exactly(
     sounds: Path, trained: Path, tmp_path: Path, step: int
 ) -> None:
@@ -86,6 +87,7 @@ def test_the_trained_codec_loads(trained: Path) -> None:
     assert codec.decode(codec.encode(wave)).shape == (2560, 2)
 
 
+@pytest.mark.extended
 def test_training_improves_the_codec(sounds: Path, tmp_path: Path) -> None:
     schedule = dataclasses.replace(TINY.schedule, steps=60, learning_rate=5e-4, validate_every=60)
     settings = dataclasses.replace(TINY, schedule=schedule, quantise_after=1000)

@@ -41,6 +41,7 @@ def settings(path: Path, **sections: Any) -> Path:
     return path
 
 
+@pytest.mark.extended
 def test_from_sound_to_three_parts(songs: Path, tmp_path: Path) -> None:
     layout = TokenLayout.tiny().to_dict()
     codec = {**TINY.to_dict(), "schedule": SCHEDULE, "quantise_after": 2}

@@ -142,6 +142,7 @@ def test_full_attention_alone_has_no_causal_loss(data: Path, tmp_path: Path) -> 
     assert "align_loss" not in log(tmp_path / "run")[0]
 
 
+@pytest.mark.extended
 def test_a_song_is_learnt_and_sung_back(data: Path) -> None:
     song = read_coded(data, "train")[0]
     tokenizer = Tokenizer.from_file(data / "tokenizer.json")

@@ -173,7 +173,7 @@ def _songs(
         return train.examples, held_out.examples
     # A single song leaves none to hold out.
     if settings.patience:
-        raise KhalaError(f"{data} holds out no songs to stop by; leave patience at 0.")
+        raise KhalaError(f"{data} has no held-out songs to stop by. Leave patience at 0.")
     warnings.warn(
         f"{data} has no held-out songs, so nothing shows whether the songs are memorised.",
         KhalaWarning,

@@ -179,6 +179,7 @@ def test_a_layer_made_twice_costs_little_more_than_its_input() -> None:
 
 
 @pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.extended
 def test_logits_of_all_positions_never_exist(wide: Backbone, whole: bool) -> None:
     everything = 4 * 768 * wide.config.vocab_size
     found = []

@@ -103,6 +103,7 @@ CASES = [
 
 @pytest.mark.skipif(not ON_CPU, reason="fitted to the CPU backend")
 @pytest.mark.parametrize(("width", "tokens", "changes", "checkpointed"), CASES, ids=str)
+@pytest.mark.extended
 def test_the_forecast_is_within_15_percent(
     tmp_path: Any, width: int, tokens: int, changes: dict[str, Any], checkpointed: bool
 ) -> None:
@@ -116,6 +117,7 @@ def test_the_forecast_is_within_15_percent(
 
 
 @pytest.mark.skipif(not ON_CPU, reason="fitted to the CPU backend")
+@pytest.mark.extended
 def test_a_packed_base_and_a_batch_of_three(tmp_path: Any) -> None:
     config = packed(model_config())
     settings = LoraTraining(Schedule(steps=2, batch_size=3))

@@ -95,6 +95,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.extended
 def test_a_killed_run_goes_on_exactly(
     tiny_folder: Path, data: Path, tmp_path: Path, variant: dict[str, Any]
 ) -> None:
@@ -499,6 +500,7 @@ def greedy(model: Path, *adapter: Any) -> np.ndarray:
     return khala.compose(prompt, max_frames=SUNG, top_k=1)
 
 
+@pytest.mark.extended
 def test_one_song_is_learnt_by_heart_and_sung_back(
     learnt: tuple[Path, Path, np.ndarray],
 ) -> None:
